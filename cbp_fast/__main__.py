@@ -1,0 +1,8 @@
+"""`python -m cbp_fast`, the same as the command `cbp-fast`."""
+
+import sys
+
+from cbp_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,442 @@
+"""`ContinualBackprop`: attaches continual backpropagation to a model and its optimizer, and checkpoints it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .engine import Engine
+from .rules import Rule
+from .unit_groups import ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
+
+
+class _Recorder:
+    """Forward pre-hook of a reading layer: its input is the feature that its weight multiplies.
+
+    Copies and pickles do nothing, so that a deepcopied or averaged model carries no continual backprop with it.
+    """
+
+    __slots__ = ("cbp", "slot")
+
+    def __init__(self, cbp: ContinualBackprop | None = None, slot: int = 0) -> None:
+        self.cbp = cbp
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cbp = self.cbp
+        if cbp is not None and module.training and torch.is_grad_enabled() and cbp.enabled:
+            cbp._engine.record(self.slot, args[0] if args else kwargs["input"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+        return _Recorder()
+
+    def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
+        return _Recorder, ()
+
+
+class ContinualBackprop:
+    """Continual backpropagation (Dohare et al., Nature 632, 2024) for a model that keeps training.
+
+    After every step of the optimizer a few hidden units of least utility are re-initialised: their incoming weights are
+    drawn anew, their bias, norm entries, outgoing weights and optimizer state are reset. The model is not wrapped or
+    changed; `remove()` takes everything off again.
+
+    Args:
+        model: the network. Its hidden units are found by tracing its forward once (see `find_unit_groups`), or given
+            by `groups`.
+        optimizer: the optimizer, or all of them, that train the model. A step of continual backprop follows once each
+            has stepped. Without one, call `step()` after your own update.
+        rule: "nature", "gnt", "clarena" or a `Rule`.
+        replacement_rate: share of the mature units that is replaced each step, in [0, 1].
+        maturity_threshold: steps for which a new unit is protected.
+        decay_rate: of the running utility, in [0, 1).
+        groups: the unit groups, instead of discovery.
+        example_inputs: for discovery in models whose shapes are not visible in their code.
+        include, exclude: patterns (`fnmatch`) of group names to take, or to leave out.
+        backend: "cpp", "reference", or None for the fastest on the model's device.
+        capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
+            while less than 4 MiB are held.
+        seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`. The global generators are never used.
+
+    Attributes:
+        enabled: while False, forwards are not observed and steps do nothing.
+        rule: the `Rule`.
+        groups: the `UnitGroup`s, in forward order.
+
+    Raises:
+        ValueError: no unit groups were found, layers that do not fit together, numbers out of range, or unknown names.
+        TypeError: an argument of a wrong kind.
+
+    Example:
+        >>> cbp = ContinualBackprop(model, optimizer, replacement_rate=1e-4)
+        >>> for x, y in stream:
+        ...     loss = F.cross_entropy(model(x), y)
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        rule: str | Rule = "nature",
+        replacement_rate: float = 1e-4,
+        maturity_threshold: float = 100,
+        decay_rate: float = 0.99,
+        groups: Sequence[UnitGroup] | None = None,
+        example_inputs: Any = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        backend: str | None = None,
+        capture: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+        self.rule = Rule.make(rule)
+        self.enabled = True
+        self._optimizers = _optimizers(optimizer)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    "several processes are not supported in this version: each would replace units of its own, and the "
+                    "copies of the model would drift apart"
+                )
+        found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
+        resolved = _filtered([resolve(model, group) for group in found], include, exclude)
+        if not resolved:
+            why = "groups is empty" if groups is not None else explain(model, example_inputs)
+            raise ValueError(f"the model has no unit group to work on:\n{why}")
+        check_disjoint(resolved)
+        _check_clarena(self.rule, resolved)
+        _check_not_attached(resolved)
+        _check_optimizers(self._optimizers, resolved)
+        self.groups = [
+            UnitGroup(r.name, *(tuple(n for n, _ in part) for part in (r.incoming, r.outgoing, r.norms)))
+            for r in resolved
+        ]
+        self._engine = Engine(
+            self.rule,
+            resolved,
+            replacement_rate=replacement_rate,
+            maturity_threshold=maturity_threshold,
+            decay_rate=decay_rate,
+            backend=backend,
+            capture=capture,
+            seed=seed,
+        )
+        self._model = model
+        self._waiting = set(range(len(self._optimizers)))
+        self._hooks: list[RemovableHandle] = [
+            slot.module.register_forward_pre_hook(_Recorder(self, i), with_kwargs=True)
+            for i, slot in enumerate(self._engine.state.slots)
+        ]
+        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+
+    def step(self) -> None:
+        """One step of continual backprop; runs by itself after the optimizer's if one was given.
+
+        Without a forward since the last step it changes nothing. It happens whole or not at all.
+
+        Raises:
+            RuntimeError: after `remove()`, or if a parameter is not on the device, or not of the shape or type, that
+                it had when attached.
+        """
+        if not self._hooks:
+            raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
+        if not self.enabled:
+            return
+        engine = self._engine
+        if engine.select():
+            engine.reinit(self._optimizers)
+        engine.finish()
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._hooks:
+            return
+        # a fused optimizer runs its hooks also where GradScaler made it skip the update
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        if len(self._optimizers) > 1:
+            self._waiting -= {i for i, o in enumerate(self._optimizers) if o is optimizer}
+            if self._waiting:
+                return
+            self._waiting = set(range(len(self._optimizers)))
+        self.step()
+
+    def remove(self) -> None:
+        """Take all hooks off the model and the optimizers; the object keeps its statistics but works no more."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+        if not _inside_step(self._optimizers):
+            self._remove_optimizer_hooks()
+            return
+
+        # a hook that goes while torch loops over the hooks breaks the loop; the next forward is soon enough
+        def later(module: nn.Module, args: Any) -> None:
+            self._remove_optimizer_hooks()
+            handle.remove()
+
+        handle = self._model.register_forward_pre_hook(later)
+
+    def _remove_optimizer_hooks(self) -> None:
+        for handle in self._optimizer_hooks:
+            handle.remove()
+        self._optimizer_hooks = []
+
+    def to(self, device: str | int | torch.device) -> ContinualBackprop:
+        """Move the state to a device, after `model.to(device)`; forwards since the last step are forgotten."""
+        self._engine.to(torch.device(device))
+        return self
+
+    @property
+    def backend(self) -> str:
+        """The backend in use."""
+        return self._engine.backend
+
+    @property
+    def replacement_rate(self) -> float:
+        """Share of the mature units replaced each step; may be set between steps, as the next two."""
+        return self._engine.hyper["replacement_rate"]
+
+    @replacement_rate.setter
+    def replacement_rate(self, value: float) -> None:
+        self._engine.set_hyper(replacement_rate=value)
+
+    @property
+    def maturity_threshold(self) -> float:
+        """Steps for which a new unit is protected."""
+        return self._engine.hyper["maturity_threshold"]
+
+    @maturity_threshold.setter
+    def maturity_threshold(self, value: float) -> None:
+        self._engine.set_hyper(maturity_threshold=value)
+
+    @property
+    def decay_rate(self) -> float:
+        """Of the running utility."""
+        return self._engine.hyper["decay_rate"]
+
+    @decay_rate.setter
+    def decay_rate(self, value: float) -> None:
+        self._engine.set_hyper(decay_rate=value)
+
+    @property
+    def utility(self) -> dict[str, Tensor]:
+        """Running utility of each group's units: views [N] of the state, float32 (float64 in a float64 network)."""
+        state = self._engine.state
+        return {layout.name: state.utility[layout.units] for layout in state.layouts}
+
+    @property
+    def age(self) -> dict[str, Tensor]:
+        """Steps since each unit was replaced: int32 views [N] of the state."""
+        state = self._engine.state
+        return {layout.name: state.age[layout.units] for layout in state.layouts}
+
+    @property
+    def num_replaced(self) -> dict[str, int]:
+        """Units of each group replaced so far."""
+        state = self._engine.state
+        return {layout.name: n for layout, n in zip(state.layouts, state.num_replaced.tolist(), strict=True)}
+
+    @property
+    def last_replaced(self) -> dict[str, Tensor]:
+        """Units of each group replaced in the last step, least utility first: int64 [k]."""
+        state = self._engine.state
+        return {
+            layout.name: state.chosen[layout.units][:n].long()
+            for layout, n in zip(state.layouts, state.num_chosen.tolist(), strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit for bit, as copies; loads with `weights_only=True`.
+
+        Take it between steps: what forwards have left since the last step is not in it.
+        """
+        state = self._engine.state
+        groups = {}
+        for g, layout in enumerate(state.layouts):
+            groups[layout.name] = {
+                "utility": state.utility[layout.units].clone(),
+                "age": state.age[layout.units].clone(),
+                "pending": float(state.pending[g]),
+                "num_replaced": int(state.num_replaced[g]),
+            }
+            if self.rule.keeps_mean:
+                columns = slice(state.slots[layout.slots[0]].columns.start, state.slots[layout.slots[-1]].columns.stop)
+                groups[layout.name]["running_mean"] = state.running_mean[columns].clone()
+        return {
+            "rule": _rule_dict(self.rule),
+            **self._engine.hyper,
+            "seed": int(state.seed),
+            "step": int(state.step),
+            "groups": groups,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()` of the same network and rule; rates and seed are taken from it too.
+
+        Raises:
+            ValueError: a key is missing, or groups, shapes, rule or numbers do not fit. Nothing has changed then.
+        """
+        state, engine = self._engine.state, self._engine
+        own = self.state_dict()
+        _check_keys("state_dict", state_dict, own)
+        if dict(state_dict["rule"]) != own["rule"]:
+            raise ValueError(f"state_dict was saved with rule {dict(state_dict['rule'])}, this object has {own['rule']}")
+        _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
+        for name, mine in own["groups"].items():
+            theirs = state_dict["groups"][name]
+            _check_keys(f"state_dict of group '{name}'", theirs, mine)
+            for key, value in mine.items():
+                _check_entry(f"{key} of group '{name}'", theirs[key], value)
+        for key in ("seed", "step"):
+            _check_entry(key, state_dict[key], own[key])
+        # the only call below that can fail, and it checks before it sets
+        engine.set_hyper(**{key: state_dict[key] for key in engine.hyper})
+        for g, layout in enumerate(state.layouts):
+            theirs = state_dict["groups"][layout.name]
+            state.utility[layout.units].copy_(theirs["utility"])
+            state.age[layout.units].copy_(theirs["age"])
+            state.pending[g] = theirs["pending"]
+            state.num_replaced[g] = theirs["num_replaced"]
+            if self.rule.keeps_mean:
+                columns = slice(state.slots[layout.slots[0]].columns.start, state.slots[layout.slots[-1]].columns.stop)
+                state.running_mean[columns].copy_(theirs["running_mean"])
+        state.seed.fill_(state_dict["seed"])
+        state.step.fill_(state_dict["step"])
+        state.num_chosen.zero_()
+        engine.forget_forwards()
+
+    def __repr__(self) -> str:
+        engine = self._engine
+        rows = [("group", "units", "incoming", "norms", "outgoing")]
+        for group, layout in zip(self.groups, engine.state.layouts, strict=True):
+            outgoing = ", ".join(map(str, group.outgoing))
+            if layout.columns_per_unit > 1:
+                outgoing += f" ({layout.columns_per_unit} columns a unit)"
+            parts = (", ".join(map(str, names)) or "-" for names in (group.incoming, group.norms))
+            rows.append((group.name, str(layout.num_units), *parts, outgoing))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
+        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, capture={engine.capture})"
+        removed = "" if self._hooks else " removed"
+        return "\n  ".join([head + removed, *(line.rstrip() for line in table)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContinualBackprop:
+        raise TypeError("a ContinualBackprop belongs to one model; attach a new one to the copy and load its state_dict")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
+
+
+def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(optimizers, Iterable):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be a torch.optim.Optimizer or several")
+    optimizers = list(optimizers)
+    for o in optimizers:
+        if not isinstance(o, Optimizer):
+            raise TypeError(f"optimizer holds a {type(o).__name__}, must be torch.optim.Optimizer objects")
+    return optimizers
+
+
+def _filtered(
+    groups: list[ResolvedGroup], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[ResolvedGroup]:
+    def matches(option: str, patterns: str | Sequence[str]) -> set[str]:
+        hits: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = {group.name for group in groups if fnmatchcase(group.name, pattern)}
+            if not found:
+                names = ", ".join(group.name for group in groups)
+                raise ValueError(f"{option}={pattern!r} matches no unit group; they are: {names}")
+            hits |= found
+        return hits
+
+    taken = {group.name for group in groups} if include is None else matches("include", include)
+    left_out = set() if exclude is None else matches("exclude", exclude)
+    return [group for group in groups if group.name in taken - left_out]
+
+
+def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
+    if rule.name != "clarena":
+        return
+    for g, group in enumerate(groups):
+        convolutions = [n for n, m in (*group.incoming, *group.outgoing) if not isinstance(m, nn.Linear)]
+        if convolutions or group.columns_per_unit > 1:
+            raise ValueError(
+                f"rule 'clarena' is defined for linear layers only, and group '{group.name}' has convolutions; "
+                "use rule='nature', or exclude= the group"
+            )
+        for name, module in groups[g - 1].incoming if g else ():
+            if module.weight.shape[1] < group.num_units:
+                raise ValueError(
+                    f"rule 'clarena' re-draws column j of the preceding layer for unit j, but '{name}' has "
+                    f"{module.weight.shape[1]} inputs and group '{group.name}' has {group.num_units} units"
+                )
+
+
+def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
+    for group in groups:
+        for name, module in group.outgoing:
+            if any(isinstance(h, _Recorder) and h.cbp is not None for h in module._forward_pre_hooks.values()):
+                raise ValueError(f"'{name}' has a ContinualBackprop attached already; call its remove() first")
+
+
+def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
+    known = {id(p) for o in optimizers for param_group in o.param_groups for p in param_group["params"]}
+    for group in groups if optimizers else ():
+        for name, module in (*group.incoming, *group.outgoing):
+            if id(module.weight) not in known:
+                raise ValueError(
+                    f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
+                    "trains the model, made from its present parameters, or exclude= the group"
+                )
+
+
+def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether the caller runs in a hook of one of the optimizers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.optim.optimizer.__file__ and frame.f_locals.get("self") in optimizers:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _rule_dict(rule: Rule) -> dict[str, Any]:
+    derived = ("activation", "outgoing", "incoming")
+    return {key: value for key, value in asdict(rule).items() if key not in derived}
+
+
+def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
+    missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(map(str, theirs.keys() - mine.keys()))
+    if missing or unexpected:
+        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+
+
+def _check_entry(what: str, theirs: Any, mine: Any) -> None:
+    if isinstance(mine, Tensor):
+        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, Tensor) else type(theirs).__name__
+            raise ValueError(f"state_dict: {what} is {got}, must be {tuple(mine.shape)} {mine.dtype}")
+        if not theirs.isfinite().all() or (not theirs.is_floating_point() and (theirs < 0).any()):
+            raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
+    elif type(theirs) is not type(mine):
+        raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
+    elif what.startswith(("pending", "num_replaced", "step")) and not 0 <= theirs < float("inf"):
+        raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least 0")

@@ -1,0 +1,27 @@
+"""The compiled backend, for tensors on the CPU; `reference` says what its functions do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C as _C  # registers the kernels of the operators below
+from .state import State
+
+_capture = torch.ops.cbp_fast.capture_.default
+_select = torch.ops.cbp_fast.select_.default
+_reinit = torch.ops.cbp_fast.reinit_.default
+
+
+def capture_(state: State, slot: int, h: Tensor) -> None:
+    _capture(state.buffer, state.plan, h, slot)
+
+
+def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
+    return _select(state.buffer, state.plan, weights, held, slots)
+
+
+def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    _reinit(state.buffer, state.plan, tensors, regions)

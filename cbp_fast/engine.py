@@ -1,0 +1,217 @@
+"""One state and its backend: what forwards leave behind, and a step that happens whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .ops import BACKENDS, backend_for
+from .optimizer_state import slots_of
+from .rules import Rule
+from .state import TRANSFER, State, TensorRef
+from .unit_groups import ResolvedGroup
+
+# what "auto" may hold of activations beyond their backward pass; what comes after is summed at once
+_HELD_BYTES = {"auto": 4 * 2**20, "deferred": 2**62, "inline": -1}
+
+
+class Engine:
+    """Collects activations of the groups' readers and performs their steps; used by the attached object and layers.
+
+    Args:
+        capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
+            them in the forward; "auto" defers while little is held.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        groups: Sequence[ResolvedGroup],
+        *,
+        replacement_rate: float,
+        maturity_threshold: float,
+        decay_rate: float,
+        backend: str | None,
+        capture: str,
+        seed: int | None,
+    ) -> None:
+        if capture not in _HELD_BYTES:
+            raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
+        seed = torch.initial_seed() if seed is None else seed
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
+        device = _one_device(groups)
+        self._wanted = backend
+        self.capture = capture
+        self.backend = backend_for(device, backend)
+        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
+        self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
+        self.set_hyper(
+            replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate
+        )
+        self._functions = BACKENDS[self.backend]
+        self._places = [(ref.owner, ref.key) for ref in self.state.weights]
+        self._regions: list[list[int]] = [[] for _ in groups]
+        for i, region in enumerate(self.state.regions):
+            self._regions[region.group].append(i)
+        # a slot whose activations were once changed in place after the forward is summed inline from then on
+        self._inline = [False] * len(self.state.slots)
+        self.forget_forwards()
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        return dict(self._hyper)
+
+    def set_hyper(self, **values: float) -> None:
+        """Set replacement_rate, maturity_threshold or decay_rate; all are checked before any is set."""
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {value!r}, must be a number")
+            if name == "maturity_threshold":
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
+            elif not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
+            if name == "decay_rate" and value == 1:
+                raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+        self._hyper.update(values)
+        self.state.set_hyper(**self._hyper)
+
+    @property
+    def held_bytes(self) -> int:
+        """Activations held until the next step."""
+        return self._held_bytes
+
+    def forget_forwards(self) -> None:
+        """Drop what forwards since the last step have left."""
+        self._held: list[Tensor] = []
+        self._slots: list[int] = []
+        self._versions: list[int] = []
+        self._held_bytes = 0
+        self.state.forget_forwards()
+
+    def record(self, slot: int, h: Tensor) -> None:
+        """Take the activations that one reading layer saw in one forward."""
+        h = h.detach()
+        size = h.nbytes
+        if (
+            self._held_bytes + size <= _HELD_BYTES[self.capture]
+            and not self._inline[slot]
+            and not torch.compiler.is_compiling()
+        ):
+            self._held.append(h)
+            self._slots.append(slot)
+            self._versions.append(h._version)
+            self._held_bytes += size
+        else:
+            self._functions.capture_(self.state, slot, h)
+
+    def select(self) -> int:
+        """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
+
+        Raises:
+            RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
+        """
+        state, held, slots = self.state, self._held, self._slots
+        if [h._version for h in held] != self._versions:
+            fresh = [h._version == v for h, v in zip(held, self._versions, strict=True)]
+            for slot, same in zip(slots, fresh, strict=True):
+                self._inline[slot] |= not same
+            held = [h for h, same in zip(held, fresh, strict=True) if same]
+            slots = [slot for slot, same in zip(slots, fresh, strict=True) if same]
+        if self.backend != "cpp":
+            # the operator's own guards are cheaper, but other backends have none
+            self._check_tensors()
+        state.backup.copy_(state.buffer)
+        try:
+            chosen = self._functions.select_(state, [owner[key] for owner, key in self._places], held, slots)
+        except Exception:
+            self.restore()
+            self._check_tensors()
+            raise
+        return chosen
+
+    def reinit(self, optimizers: Sequence[Optimizer]) -> None:
+        """Re-initialise everything that belongs to the chosen units, and their entries in the optimizers' state."""
+        state = self.state
+        reset = state.rule.reset_optimizer and state.rule.name != "clarena"
+        chosen = state.num_chosen.tolist() if state.buffer.is_cpu else [1] * len(state.layouts)
+        numbers: list[int] = []
+        tensors: list[Tensor] = []
+        try:
+            for count, regions in zip(chosen, self._regions, strict=True):
+                for number in regions if count else ():
+                    region = state.regions[number]
+                    tensor = self._checked(region.ref)
+                    numbers.append(2 * number)
+                    tensors.append(tensor)
+                    if region.kind == TRANSFER:
+                        assert region.weight is not None
+                        tensors.append(self._checked(region.weight))
+                    elif reset and region.ref.is_parameter:
+                        slots = slots_of(optimizers, tensor)
+                        numbers += [2 * number + 1] * len(slots)
+                        tensors += slots
+            self._functions.reinit_(state, numbers, tensors)
+        except Exception:
+            self.restore()
+            raise
+        # neither a compiled kernel nor a library implementation tells autograd that it wrote
+        torch.autograd.graph.increment_version(tensors)
+
+    def finish(self) -> None:
+        """End a step: what the forwards left has been used."""
+        self._held, self._slots, self._versions, self._held_bytes = [], [], [], 0
+
+    def restore(self) -> None:
+        """Take back what `select` did."""
+        self.state.buffer.copy_(self.state.backup)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the model to another device. Forwards since the last step are forgotten."""
+        self.backend = backend_for(device, self._wanted)
+        self._functions = BACKENDS[self.backend]
+        self.state.to(device)
+        self.forget_forwards()
+
+    def _check_tensors(self) -> None:
+        for region in self.state.regions:
+            self._checked(region.ref)
+        for ref in self.state.weights:
+            self._checked(ref)
+
+    def _checked(self, ref: TensorRef) -> Tensor:
+        tensor = ref.get()
+        if tensor is None:
+            raise RuntimeError(f"{ref.name} is no longer there; detach with remove() and attach again")
+        if tensor.device != self.state.buffer.device:
+            raise RuntimeError(
+                f"{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
+                f"call cbp.to({str(tensor.device)!r}) after moving the model"
+            )
+        for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
+            if now != then:
+                raise RuntimeError(
+                    f"{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was attached; "
+                    "detach with remove() and attach again"
+                )
+        return tensor
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
+    names: dict[torch.device, str] = {}
+    for group in groups:
+        for name, module in (*group.incoming, *group.outgoing, *group.norms):
+            for tensor in module.parameters(recurse=False):
+                names.setdefault(tensor.device, name)
+    if len(names) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in names.items())
+        raise ValueError(f"the groups lie on several devices ({places}); attach one object to each part of the model")
+    return next(iter(names))

@@ -1,0 +1,22 @@
+"""Which tensors of an optimizer's state belong to a parameter, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    """The floating-point tensors of the parameter's shape that any of the optimizers keeps for it.
+
+    Momentum, exp_avg, square_avg and their like have one entry an element and are returned; a step count or a
+    factored second moment has another shape and is not.
+    """
+    return [
+        value
+        for optimizer in optimizers
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    ]

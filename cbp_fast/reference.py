@@ -1,0 +1,327 @@
+"""The specification: continual backpropagation in eager PyTorch, on any device, without reading anything back from it.
+
+Every kernel is tested against this file. A step is `capture_` for every input that a reading layer saw, `select_`
+(activation statistic x weight statistic, decayed average, choice) and `reinit_` for what was chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .state import DRAW, TRANSFER, Layout, Region, Slot, State
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(element: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """The random 32-bit words of `element` (int64, any shape), as int64: Philox4x32-10 (Salmon et al., SC 2011).
+
+    key = seed; counter = (element // 4 low, element // 4 high, step, stream); word = element % 4.
+    """
+    block = element >> 2
+    c0, c1 = block & _MASK, block >> 32
+    c2, c3 = (step & _MASK).expand_as(block), torch.full_like(block, stream)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # an int64 product wraps, but keeps all 64 bits of a product of two 32-bit words
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    word = element & 3
+    return torch.where(word < 2, torch.where(word == 0, c0, c1), torch.where(word == 2, c2, c3))
+
+
+def unit_uniform(element: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """U[0, 1) with 24 bits, float32 exactly."""
+    return (philox(element, seed, step, stream) >> 8).float() * 2.0**-24
+
+
+def draw(element: Tensor, seed: Tensor, step: Tensor, stream: int, distribution: str, bound: float) -> Tensor:
+    """float32 draws at the row-major `element` numbers of a weight."""
+    if distribution == "normal":
+        # Box-Muller on the two words of a pair: the even element takes the cosine, the odd one the sine
+        radius = unit_uniform(element & ~1, seed, step, stream).double()
+        angle = 2 * math.pi * unit_uniform(element | 1, seed, step, stream).double()
+        radius = torch.sqrt(-2 * torch.log1p(-radius))
+        return (radius * torch.where(element & 1 == 0, angle.cos(), angle.sin()) * bound).float()
+    r = unit_uniform(element, seed, step, stream)
+    return r if distribution == "unit" else (2 * r - 1) * bound
+
+
+def columns_of(h: Tensor, slot: Slot) -> Tensor:
+    """h as its reading layer sees it, as [samples, positions, columns]."""
+    if slot.spatial == 0:
+        return h.reshape(-1, 1, h.shape[-1])
+    if h.dim() == slot.spatial + 1:
+        h = h[None]
+    return h.flatten(2).transpose(1, 2)
+
+
+def bias_correction(age: Tensor, decay_rate: Tensor) -> Tensor:
+    """1 - decay_rate**age in float64; 1 where decay_rate is 0."""
+    correction = -torch.expm1(age.double() * torch.log(decay_rate))
+    return torch.where(decay_rate > 0, correction, torch.ones_like(correction))
+
+
+@torch.no_grad()
+def capture_(state: State, slot_index: int, h: Tensor) -> None:
+    """Add one forward's activations to the sums of the layer that reads them.
+
+    Args:
+        h: the input of the reading layer: [..., columns] for Linear, [batch, channels, ...] for a convolution.
+    """
+    slot = state.slots[slot_index]
+    x = columns_of(h, slot)
+    wide = _wide(h)
+    state.count[slot_index] += x.shape[0] * x.shape[1]
+    columns = slot.columns
+    if state.rule.keeps_mean:
+        state.feature[columns] += x.sum((0, 1), dtype=wide)
+    if state.rule.centred:
+        # the mean so far, this forward included, and the age as it will be after the step
+        layout, decay = state.layouts[slot.group], state.hyper[2]
+        mean = state.feature[columns] / state.count[slot_index]
+        mean = decay * state.running_mean[columns] + (1 - decay) * mean
+        correction = bias_correction(state.age[layout.units] + 1, decay)
+        h_hat = (mean.view(layout.num_units, -1) / correction[:, None]).mean(1)
+        h_hat = h_hat.repeat_interleave(layout.columns_per_unit).to(wide)
+        state.activation[columns] += (x.to(wide) - h_hat).abs().sum((0, 1))
+    elif state.rule.activation:
+        state.activation[columns] += x.abs().sum((0, 1), dtype=wide)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type that sums over x run in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _row_sums(weight: Tensor) -> Tensor:
+    return weight.abs().flatten(1).sum(1, dtype=_wide(weight)).double()
+
+
+def _column_sums(weight: Tensor, conv_groups: int) -> Tensor:
+    """sum over rows and kernel positions of abs(weight); [conv_groups * weight.shape[1]]."""
+    magnitude = weight.abs().reshape(conv_groups, -1, weight.shape[1], weight.shape[2:].numel())
+    return magnitude.sum((1, 3), dtype=_wide(weight)).flatten().double()
+
+
+def utility_now(
+    state: State, layout: Layout, rows: Sequence[Tensor | None], columns: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> Tensor:
+    """y: activation statistic x weight statistic of every unit, float64 [N]."""
+    rule, n = state.rule, layout.num_units
+    y = torch.zeros(n, dtype=torch.float64, device=state.buffer.device)
+    elements = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
+    samples = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
+    for s in layout.slots:
+        slot, count = state.slots[s], state.count[s]
+        ran = count > 0
+        term = torch.ones((), dtype=torch.float64, device=y.device).expand(n * layout.columns_per_unit)
+        if rule.activation:
+            # clarena has one mean over all readers: sums first, one division at the end
+            term = state.activation[slot.columns] / (1 if rule.incoming == "times_sum" else count)
+        per_column = 1
+        if rule.outgoing:
+            column_sums = columns[slot.weight]
+            assert column_sums is not None
+            term = term * column_sums
+            per_column = weights[slot.weight].numel() // column_sums.numel()
+        y = y + torch.where(ran, term.view(n, -1).sum(1), 0.0)
+        elements = elements + torch.where(ran, float(per_column * layout.columns_per_unit), 0.0)
+        samples = samples + count
+    if rule.incoming == "times_sum":
+        return y / samples * sum(rows[i] for i in layout.incoming)  # type: ignore[misc]
+    if rule.outgoing != "sum":
+        y = y / elements
+    if rule.incoming == "divide":
+        fan_in = sum(weights[i].numel() for i in layout.incoming) // n
+        y = y / (sum(rows[i] for i in layout.incoming) / fan_in)  # type: ignore[misc, operator]
+    return y
+
+
+def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) -> None:
+    """Average y into the utility, age the units, and list the ones that are due for replacement."""
+    rule = state.rule
+    rate, maturity, decay = state.hyper.unbind()
+    utility, age = state.utility[layout.units], state.age[layout.units]
+    y = y.to(utility.dtype)
+    finite = y.isfinite() & reached
+    if rule.name == "clarena":
+        low = torch.where(finite, y, torch.inf).amin()
+        high = torch.where(finite, y, -torch.inf).amax()
+        y = (y - low) / (high - low + 1e-8)
+    if rule.utility == "random":
+        y = torch.zeros_like(y)
+    decayed = decay.to(y.dtype) * utility + (1 - decay).to(y.dtype) * y
+    utility.copy_(torch.where(finite, decayed, utility))
+    age += finite
+
+    eligible = age > maturity
+    n = eligible.sum()
+    if rule.utility == "random":
+        units = torch.arange(layout.num_units, device=age.device)
+        score = unit_uniform(units, state.seed, state.step, layout.stream).to(utility.dtype)
+    elif rule.name == "clarena":
+        score = (utility.double() / age).to(utility.dtype)
+    else:
+        score = (utility.double() / bias_correction(age, decay)).to(utility.dtype)
+    candidate = eligible & score.isfinite()
+
+    due = rate * (layout.num_units * (n > 0) if rule.accrual == "all" else n)
+    if rule.name == "clarena":
+        due = due.trunc()
+    pending = state.pending[g] + due
+    if rule.name == "clarena":
+        k = (pending > 1).double()
+    elif rule.accumulate:
+        k = pending.floor()
+    else:
+        # the coin's element follows those of the random scores
+        coin = unit_uniform(torch.full_like(state.step, layout.num_units), state.seed, state.step, layout.stream)[0]
+        k = due.floor() + (coin < due - due.floor())
+    k = torch.where(reached, torch.minimum(k, candidate.sum()), 0.0).clamp(max=_limit(state, layout))
+    if rule.accumulate:
+        state.pending[g] = torch.where(reached, pending - k, state.pending[g])
+    # a float64 score beyond float32 stays a candidate, after all others
+    score = torch.where(candidate, score.float().clamp(max=torch.finfo(torch.float32).max), torch.inf)
+    state.chosen[layout.units] = torch.sort(score, stable=True).indices.int()
+    state.num_chosen[g] = k.int()
+    state.num_replaced[g] += k.long()
+
+
+def choose_(state: State, weights: Sequence[Tensor]) -> None:
+    """Utility, age and choice of every group that a forward reached; see `select_`."""
+    groups = {slot.weight: getattr(slot.module, "groups", 1) for slot in state.slots}
+    rows = [_row_sums(w) if r else None for w, r in zip(weights, state.reads_rows, strict=True)]
+    columns = [
+        _column_sums(w, groups[i]) if c else None
+        for i, (w, c) in enumerate(zip(weights, state.reads_columns, strict=True))
+    ]
+    state.step += (state.count > 0).any()
+    decay = state.hyper[2]
+    for g, layout in enumerate(state.layouts):
+        reached = (state.count[layout.slots[0] : layout.slots[-1] + 1] > 0).any()
+        y = utility_now(state, layout, rows, columns, weights)
+        _choose(state, layout, g, y, reached)
+    if state.rule.keeps_mean:
+        for s, slot in enumerate(state.slots):
+            mean, m_h = state.feature[slot.columns] / state.count[s], state.running_mean[slot.columns]
+            m_h.copy_(torch.where(mean.isfinite(), decay * m_h + (1 - decay) * mean, m_h))
+        state.feature.zero_()
+    state.activation.zero_()
+    state.count.zero_()
+
+
+@torch.no_grad()
+def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
+    """One step up to the choice: which units are replaced is in `state.chosen` afterwards.
+
+    y = activation statistic x weight statistic; u = decay_rate * u + (1 - decay_rate) * y, age + 1 where y is finite;
+    pending += replacement_rate * eligible units; the floor(pending) candidates of least score are chosen.
+
+    Args:
+        weights: the tensors of `state.weights`; read only.
+        held: activations not captured yet, in the order of the forwards.
+        slots: the slot of each.
+
+    Returns:
+        How many units were chosen; on an accelerator -1, since it is not read back.
+    """
+    for slot, h in zip(slots, held, strict=True):
+        capture_(state, slot, h)
+    if state.buffer.is_cpu and not state.count.any():
+        return 0
+    choose_(state, weights)
+    return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
+
+
+def elements_of(region: Region, shape: torch.Size, units: Tensor) -> Tensor:
+    """Row-major numbers of the elements that `units` [k] own in a tensor of `shape`; int64 [k, elements a unit]."""
+    inner = shape[region.axis + 1 :].numel()
+    p = torch.arange(region.per_unit, device=units.device)
+    if region.axis == 0:
+        start = (units[:, None] * region.per_unit + p) * inner
+        return (start[..., None] + torch.arange(inner, device=units.device)).flatten(1)
+    rows = shape[0] // region.conv_groups
+    column = units[:, None] * region.per_unit + p  # [k, P]
+    first_row = column // shape[1] * rows
+    row = first_row[..., None] + torch.arange(rows, device=units.device)
+    start = (row * shape[1] + (column % shape[1])[..., None]) * inner
+    return (start[..., None] + torch.arange(inner, device=units.device)).flatten(1)
+
+
+def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """bias += sum over the units' columns of weight * h_hat."""
+    slot, layout = state.slots[region.slot], state.layouts[region.group]
+    correction = bias_correction(state.age[layout.units], state.hyper[2])
+    h_hat = state.running_mean[slot.columns].view(layout.num_units, -1) / correction[:, None]
+    h_hat = torch.where(valid[:, None], h_hat[units], 0.0)  # [k, P]
+    element = elements_of(region, weight.shape, units)
+    w = weight[torch.unravel_index(element, weight.shape)].double()
+    rows = weight.shape[0] // region.conv_groups
+    gain = (w.view(len(units), region.per_unit, rows, -1).sum(3) * h_hat[..., None]).sum(1)  # [k, rows]
+    first = units * region.per_unit // weight.shape[1] * rows
+    row = first[:, None] + torch.arange(rows, device=units.device)
+    total = torch.zeros(len(bias), dtype=torch.float64, device=bias.device)
+    total.index_put_((row.flatten(),), gain.flatten(), accumulate=True)
+    moved = (bias + total).to(bias.dtype)
+    bias.copy_(torch.where(moved.isfinite(), moved, bias))
+
+
+@torch.no_grad()
+def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    """Set everything that belongs to the chosen units, region by region, then their utility, age and mean.
+
+    Args:
+        regions: numbers in `state.regions` times two, in that order, and 2 * i + 1 for a slot of the optimizer's
+            state of region i's parameter, which is zeroed.
+        tensors: one tensor for each; a transfer takes two, the bias and the reading weight.
+    """
+    rest = iter(tensors)
+    for number in regions:
+        region, is_slot = state.regions[number >> 1], number & 1
+        tensor = next(rest)
+        units, valid = _chosen(state, region.group)
+        if region.kind == TRANSFER:
+            _transfer_(state, region, units, valid, next(rest), tensor)
+            continue
+        element = elements_of(region, tensor.shape, units)
+        where = torch.unravel_index(element, tensor.shape)
+        if region.kind == DRAW and not is_slot:
+            new = draw(element, state.seed, state.step, region.stream, region.distribution, region.value)
+        else:
+            new = torch.full_like(element, 0.0 if is_slot else region.value, dtype=torch.float32)
+        tensor[where] = torch.where(valid[:, None], new.to(tensor.dtype), tensor[where])
+    for g, layout in enumerate(state.layouts):
+        units, valid = _chosen(state, g)
+        for field in (state.utility, state.age):
+            mine = field[layout.units]
+            mine[units] = torch.where(valid, torch.zeros_like(mine[units]), mine[units])
+        if state.rule.keeps_mean:
+            for s in layout.slots:
+                m_h = state.running_mean[state.slots[s].columns].view(layout.num_units, -1)
+                m_h[units] = torch.where(valid[:, None], torch.zeros_like(m_h[units]), m_h[units])
+
+
+def _limit(state: State, layout: Layout) -> int:
+    """How many units of a group one step can replace, as far as the host knows.
+
+    An accelerator's choice is not read back, so this many rows are written, with their old values where nothing was
+    chosen. Less than one unit is pending before a step unless the accrual counts units that cannot be chosen yet.
+    """
+    n, rule = layout.num_units, state.rule
+    if rule.name == "clarena":
+        return 1
+    return n if state.buffer.is_cpu or rule.accrual == "all" else min(n, int(state.replacement_rate * n) + 1)
+
+
+def _chosen(state: State, g: int) -> tuple[Tensor, Tensor]:
+    """Units of group g that may have been chosen, and which of them were; [k] each."""
+    layout = state.layouts[g]
+    limit = int(state.num_chosen[g]) if state.buffer.is_cpu else _limit(state, layout)
+    units = state.chosen[layout.units.start : layout.units.start + limit].long()
+    return units, torch.arange(limit, device=units.device) < state.num_chosen[g]

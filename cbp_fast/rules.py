@@ -1,0 +1,154 @@
+"""Replacement rules: which utility, how many units, and from what distribution they are drawn anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+# utility -> (activation statistic, outgoing weights, incoming weights)
+_FACTORS = {
+    "contribution": ("magnitude", "mean", None),
+    "zero_contribution": ("centred", "mean", None),
+    "adaptable_contribution": ("centred", "mean", "divide"),
+    "feature_by_input": ("centred", None, "divide"),
+    "weight": (None, "mean", None),
+    "adaptation": (None, None, "divide"),
+    "random": (None, None, None),
+}
+INITS = ("kaiming", "default", "xavier", "lecun", "normal")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a step of continual backpropagation computes; make one with `nature`, `gnt` or `clarena`.
+
+    Attributes:
+        name: "nature", "gnt" or "clarena".
+        utility: the instantaneous utility y of a unit, one of `Rule.UTILITIES`.
+        init: distribution of re-drawn incoming weights, one of `INITS`; `clarena` draws from U[0, 1).
+        act: activation function whose gain `init` uses, as `torch.nn.init.calculate_gain` names it; not detected.
+        accumulate: keep the fraction of a unit that is due for the next step; otherwise a coin decides on it.
+        accrual: "eligible": the rate counts mature units; "all": it counts all units once one is mature.
+        transfer_bias: add what a replaced unit gave on average to the biases of the layers that read it.
+        reset_optimizer: zero the optimizer's state of every element that was set.
+    """
+
+    name: str
+    utility: str = "contribution"
+    init: str = "kaiming"
+    act: str = "relu"
+    accumulate: bool = True
+    accrual: str = "eligible"
+    transfer_bias: bool = False
+    reset_optimizer: bool = True
+
+    # derived: the activation statistic (None, "magnitude", "centred"), and how weights enter the utility
+    # (outgoing: None, "sum", "mean"; incoming: None, "times_sum", "divide")
+    activation: str | None = field(init=False, repr=False)
+    outgoing: str | None = field(init=False, repr=False)
+    incoming: str | None = field(init=False, repr=False)
+
+    UTILITIES = tuple(_FACTORS)
+
+    def __post_init__(self) -> None:
+        def one_of(what: str, allowed: tuple[str, ...]) -> None:
+            if getattr(self, what) not in allowed:
+                raise ValueError(f"Rule: {what} is {getattr(self, what)!r}, must be one of {', '.join(allowed)}")
+
+        one_of("name", ("nature", "gnt", "clarena"))
+        one_of("utility", self.UTILITIES)
+        one_of("init", INITS)
+        one_of("accrual", ("eligible", "all"))
+        plain = {"nature": ("utility", "accumulate", "accrual", "reset_optimizer")}
+        plain["clarena"] = (*plain["nature"], "init", "act", "transfer_bias")
+        for option in plain.get(self.name, ()):
+            default = type(self).__dataclass_fields__[option].default
+            if getattr(self, option) != default:
+                raise ValueError(f"Rule: {option} is an option of Rule.gnt, not of rule {self.name!r}")
+        factors = _FACTORS[self.utility]
+        if self.name == "nature":
+            factors = ("magnitude", "sum", None)
+        elif self.name == "clarena":
+            factors = ("magnitude", None, "times_sum")
+        for option, value in zip(("activation", "outgoing", "incoming"), factors, strict=True):
+            object.__setattr__(self, option, value)
+
+    @classmethod
+    def nature(cls, init: str = "kaiming", act: str = "relu", transfer_bias: bool = False) -> Rule:
+        """Dohare et al., Nature 632 (2024), eq. 1 and Algorithm 1, with the bias correction of the authors' code.
+
+        y = mean abs(h) * sum abs(W_out); u / (1 - decay_rate^age) ranks; floor(pending) units are replaced.
+        """
+        return cls("nature", init=init, act=act, transfer_bias=transfer_bias)
+
+    @classmethod
+    def gnt(
+        cls,
+        utility: str = "contribution",
+        init: str = "kaiming",
+        act: str = "relu",
+        accumulate: bool = True,
+        accrual: str = "eligible",
+        transfer_bias: bool = False,
+        reset_optimizer: bool = True,
+    ) -> Rule:
+        """The authors' generate-and-test code (GnT, ConvGnT): means of weights, seven utilities."""
+        return cls("gnt", utility, init, act, accumulate, accrual, transfer_bias, reset_optimizer)
+
+    @classmethod
+    def clarena(cls) -> Rule:
+        """`clarena.cl_algorithms.CBP` 1.1.0: incoming weights, min-max normalised, u / age ranks, one unit at a time."""
+        return cls("clarena")
+
+    @classmethod
+    def make(cls, rule: str | Rule) -> Rule:
+        """A `Rule` as it is; a name as its preset with defaults."""
+        if isinstance(rule, cls):
+            return rule
+        presets = {"nature": cls.nature, "gnt": cls.gnt, "clarena": cls.clarena}
+        if not isinstance(rule, str) or rule not in presets:
+            raise ValueError(f"rule is {rule!r}, must be one of {', '.join(presets)}, or a cbp_fast.Rule")
+        return presets[rule]()
+
+    @property
+    def centred(self) -> bool:
+        """Whether the activation statistic is mean abs(h - h_hat), which reads h twice."""
+        return self.activation == "centred"
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether a running mean of every feature is kept."""
+        return self.centred or self.transfer_bias
+
+    @property
+    def distribution(self) -> str:
+        """Of re-drawn weights: "uniform" in [-bound, bound), "normal" with deviation bound, "unit" in [0, 1)."""
+        return "unit" if self.name == "clarena" else "normal" if self.init == "normal" else "uniform"
+
+    def bound(self, fan_in: int, fan_out: int, convolution: bool) -> float:
+        """Half-width (uniform) or standard deviation (normal) of re-drawn weights.
+
+        Args:
+            fan_in: in_features, or in_channels / groups times the kernel's size.
+            fan_out: out_features.
+            convolution: convolutions are drawn as PyTorch draws them, whatever init and gain.
+        """
+        if self.name == "clarena":
+            return 1.0
+        if convolution and self.init != "normal":
+            return math.sqrt(1 / fan_in)
+        try:
+            gain = torch.nn.init.calculate_gain(self.act)
+        except ValueError:
+            gain = math.sqrt(2)
+        if self.init == "normal":
+            return gain * math.sqrt(1 / fan_in)
+        if self.init == "lecun" or self.act == "selu":
+            return math.sqrt(3 / fan_in)
+        if self.init == "default":
+            return math.sqrt(1 / fan_in)
+        if self.init == "xavier":
+            return gain * math.sqrt(6 / (fan_in + fan_out))
+        return gain * math.sqrt(3 / fan_in)

@@ -1,0 +1,515 @@
+// Guards, work splitting and registration of the operators whose schemas are in cbp_fast/ops.py.
+//
+// All of LibTorch is used through its stable ABI, so that one binary serves every PyTorch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "plan.h"
+#include "reinit.h"
+#include "select.h"
+
+namespace cbp {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// the caller's arguments were checked in Python; these only keep a wrong one from reading or writing elsewhere
+#define CBP_CHECK(condition, message) \
+  if (!(condition)) throw std::runtime_error(std::string("cbp_fast: ") + (message))
+
+const SumKernels& sum_kernels(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half: return active->kernels->float16;
+    case ScalarType::BFloat16: return active->kernels->bfloat16;
+    case ScalarType::Float: return active->kernels->float32;
+    case ScalarType::Double: return active->kernels->float64;
+    default: throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
+  }
+}
+
+int64_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
+// Scratch memory of the calling thread, kept from step to step: it grows with units and layers, not with weights.
+class Scratch {
+ public:
+  explicit Scratch(size_t doubles) {
+    if (memory().size() < doubles) memory().resize(doubles);
+    next_ = memory().data();
+  }
+  template <typename T>
+  T* take(int64_t n) {
+    T* out = reinterpret_cast<T*>(next_);
+    next_ += size<T>(n);
+    return out;
+  }
+  template <typename T>
+  static size_t size(int64_t n) {
+    return (static_cast<size_t>(n) * sizeof(T) + 7) / 8;
+  }
+
+ private:
+  static std::vector<double>& memory() {
+    static thread_local std::vector<double> m;
+    return m;
+  }
+  double* next_;
+};
+
+// below this many elements a second thread costs more than it saves
+constexpr int64_t PARALLEL = 1 << 17;
+
+// task(i) for i in [0, n), on all of PyTorch's threads if there is enough work. A task writes to places of its own, so
+// the result does not depend on who runs it.
+template <typename F>
+void for_each(int64_t n, int64_t elements, const F& task) {
+  const int64_t threads = elements < PARALLEL ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), n);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < n; i = next++) task(i);
+  });
+}
+
+// into how many parts a sum over `rows` rows of `n` is split, whatever the number of threads
+int64_t parts_of(int64_t rows, int64_t n) {
+  constexpr int64_t MOST = 16, LEAST_ELEMENTS = 1 << 15;
+  return std::max<int64_t>(1, std::min({MOST, rows * n / LEAST_ELEMENTS, rows / 4}));
+}
+int64_t part_start(int64_t rows, int64_t parts, int64_t i) {
+  // whole groups of four rows but for the last part
+  return i == parts ? rows : rows * i / parts / 4 * 4;
+}
+
+struct Dim {
+  int64_t size, stride;
+};
+
+// dims without those of size 1, the greatest stride first, neighbours in memory merged
+std::vector<Dim> coalesce(std::vector<Dim> dims) {
+  dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& d) { return d.size == 1; }), dims.end());
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
+  std::vector<Dim> out;
+  for (const Dim& d : dims)
+    if (!out.empty() && out.back().stride == d.size * d.stride)
+      out.back() = {out.back().size * d.size, d.stride};
+    else
+      out.push_back(d);
+  return out;
+}
+
+// f(offset) for every index of dims
+template <typename F>
+void for_each_offset(const std::vector<Dim>& dims, const F& f, size_t axis = 0, int64_t offset = 0) {
+  if (axis == dims.size()) return f(offset);
+  for (int64_t i = 0; i < dims[axis].size; ++i) for_each_offset(dims, f, axis + 1, offset + i * dims[axis].stride);
+}
+
+// The activations of one forward: `columns` features, `column_stride` apart, over the samples of the other dims.
+struct Activations {
+  const char* data;
+  ScalarType type;
+  int64_t columns, column_stride, samples;
+  std::vector<Dim> dims;
+};
+
+Activations activations_of(const Tensor& h, const Slot& slot) {
+  const int64_t dims = h.dim();
+  const auto sizes = h.sizes(), strides = h.strides();
+  CBP_CHECK(h.is_cpu(), "activations must be on the CPU");
+  CBP_CHECK(slot.spatial == 0 ? dims >= 1 : dims == slot.spatial + 1 || dims == slot.spatial + 2,
+            "activations have " + std::to_string(dims) + " dimensions, which their layer does not take");
+  const int64_t axis = slot.spatial == 0 ? dims - 1 : dims - 1 - slot.spatial;
+  CBP_CHECK(sizes[axis] == slot.columns, "activations have " + std::to_string(sizes[axis]) + " features, not " +
+                                             std::to_string(slot.columns) + " as at attach");
+  Activations a{nullptr, h.scalar_type(), sizes[axis], strides[axis], 1, {}};
+  sum_kernels(a.type);
+  std::vector<Dim> rest;
+  for (int64_t d = 0; d < dims; ++d)
+    if (d != axis) {
+      a.samples *= sizes[d];
+      rest.push_back({sizes[d], strides[d]});
+    }
+  a.dims = coalesce(std::move(rest));
+  a.data = static_cast<const char*>(h.const_data_ptr());
+  return a;
+}
+
+// out[c] += sum over samples of term(h[s, c]). Reads h once.
+void sum_activations(const Activations& a, Term term, const double* offset, double* out) {
+  const SumKernels& kernels = sum_kernels(a.type);
+  const int64_t item = element_size(a.type), columns = a.columns, work = a.samples * columns;
+  std::vector<Dim> outer = a.dims;
+  Dim inner{1, 1};
+  const bool runs = !outer.empty() && columns > 1 && outer.back().stride < a.column_stride;
+  if (!outer.empty()) {
+    // runs along memory where a channel's samples are neighbours, else rows of features
+    auto which = runs ? outer.end() - 1 : std::max_element(outer.begin(), outer.end(), [](const Dim& x, const Dim& y) {
+      return x.size < y.size;
+    });
+    inner = *which;
+    outer.erase(which);
+  }
+  if (runs) {
+    const int64_t parts = std::min<int64_t>(columns, 64);
+    for_each(parts, work, [&](int64_t part) {
+      const int64_t first = columns * part / parts, last = columns * (part + 1) / parts;
+      for_each_offset(outer, [&](int64_t at) {
+        for (int64_t c = first; c < last; ++c)
+          out[c] += kernels.run(term, a.data + (at + c * a.column_stride) * item, inner.size, inner.stride,
+                                offset ? offset[c] : 0.0);
+      });
+    });
+    return;
+  }
+  const int64_t parts = parts_of(inner.size, work / inner.size);
+  if (parts == 1) {
+    for_each_offset(outer, [&](int64_t at) {
+      kernels.columns(term, a.data + at * item, inner.size, columns, inner.stride, a.column_stride, offset, out);
+    });
+    return;
+  }
+  Scratch scratch(Scratch::size<double>(parts * columns));
+  double* partial = scratch.take<double>(parts * columns);
+  for_each(parts, work, [&](int64_t part) {
+    double* mine = partial + part * columns;
+    std::fill(mine, mine + columns, 0.0);
+    const int64_t first = part_start(inner.size, parts, part), last = part_start(inner.size, parts, part + 1);
+    for_each_offset(outer, [&](int64_t at) {
+      kernels.columns(term, a.data + (at + first * inner.stride) * item, last - first, columns, inner.stride,
+                      a.column_stride, offset, mine);
+    });
+  });
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t c = 0; c < columns; ++c) out[c] += partial[part * columns + c];
+}
+
+Plan checked_plan(const Tensor& buffer, const Tensor& table) {
+  CBP_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                table.numel() >= static_cast<int64_t>(sizeof(Header) / 8),
+            "the plan must be a contiguous int64 tensor on the CPU");
+  const Plan plan(static_cast<const int64_t*>(table.const_data_ptr()));
+  CBP_CHECK(table.numel() == Plan::size(*plan.header), "the plan has a wrong size");
+  CBP_CHECK(buffer.is_cpu() && buffer.scalar_type() == ScalarType::Byte && buffer.is_contiguous() &&
+                buffer.numel() == plan.header->bytes,
+            "the buffer must be a contiguous uint8 tensor of the plan's size on the CPU");
+  return plan;
+}
+
+void capture(const Plan& plan, const Fields& f, int64_t s, const Activations& a) {
+  const Header& h = *plan.header;
+  const Slot& slot = plan.slots[s];
+  if (a.samples == 0) return;
+  f.seen[s] += a.samples;
+  double* sums = f.sums + slot.first_column;
+  if (h.keeps_mean) sum_activations(a, Term::kValue, nullptr, f.feature + slot.first_column);
+  if (h.activation == 1) sum_activations(a, Term::kMagnitude, nullptr, sums);
+  if (h.activation != 2) return;
+  // h_hat of a unit: the mean so far, this forward included, and the age as it will be after the step
+  const Group& group = plan.groups[slot.group];
+  BiasCorrection correction(*f.decay);
+  std::vector<double> h_hat(slot.columns);
+  for (int64_t j = 0; j < group.units; ++j) {
+    const double divisor = correction(f.age[group.first_unit + j] + 1);
+    double total = 0;
+    for (int64_t p = 0; p < group.columns_per_unit; ++p) {
+      const int64_t c = slot.first_column + j * group.columns_per_unit + p;
+      const double mean = f.feature[c] / static_cast<double>(f.seen[s]);
+      total += (*f.decay * f.running_mean[c] + (1.0 - *f.decay) * mean) / divisor;
+    }
+    for (int64_t p = 0; p < group.columns_per_unit; ++p)
+      h_hat[j * group.columns_per_unit + p] = total / static_cast<double>(group.columns_per_unit);
+  }
+  sum_activations(a, Term::kDistance, h_hat.data(), sums);
+}
+
+void capture_(Tensor buffer, Tensor table, Tensor h, int64_t slot) {
+  const Plan plan = checked_plan(buffer, table);
+  CBP_CHECK(slot >= 0 && slot < plan.header->slots, "no such slot");
+  const Activations a = activations_of(h, plan.slots[slot]);
+  capture(plan, Fields(*plan.header, buffer.mutable_data_ptr()), slot, a);
+}
+
+// One weight as `planes` matrices [major, minor] that lie in memory alike: a convolution group each, or a kernel
+// position each. The minor axis is the one that neighbours in memory.
+struct WeightView {
+  const char* data;
+  const SumKernels* kernels;
+  int64_t item, conv_groups, group_stride, major, minor, major_stride, minor_stride, parts;
+  bool transposed;          // major is the weight's axis 1
+  int64_t column_size = 0;  // of a dense row with kernel positions: column of element i is i / column_size % columns
+  std::vector<Dim> positions;
+  double *major_sums, *partial, *rows, *columns;
+
+  int64_t major_length() const { return conv_groups * major; }
+  int64_t partial_length() const { return conv_groups * parts * minor; }
+};
+
+WeightView view_of(const Tensor& w, const Weight& record) {
+  const auto sizes = w.sizes(), strides = w.strides();
+  CBP_CHECK(w.is_cpu() && static_cast<int64_t>(w.scalar_type()) == record.dtype && w.dim() == record.dims,
+            "a weight changed its device, type or number of dimensions");
+  for (int64_t d = 0; d < record.dims; ++d) CBP_CHECK(sizes[d] == record.size[d], "a weight changed its shape");
+  WeightView v{};
+  v.kernels = &sum_kernels(w.scalar_type());
+  v.item = element_size(w.scalar_type());
+  v.data = static_cast<const char*>(w.const_data_ptr());
+  v.conv_groups = record.conv_groups;
+  const int64_t out = sizes[0] / v.conv_groups, in = sizes[1];
+  v.group_stride = out * strides[0];
+  std::vector<Dim> kernel;
+  for (int64_t d = 2; d < record.dims; ++d) kernel.push_back({sizes[d], strides[d]});
+  std::vector<Dim> row = kernel;
+  row.push_back({in, strides[1]});
+  row = coalesce(std::move(row));
+  kernel = coalesce(std::move(kernel));
+  if (!kernel.empty() && row.size() == 1 && row[0].stride == 1) {
+    v = {v.data, v.kernels, v.item, v.conv_groups, v.group_stride, out, row[0].size, strides[0], 1, 0, false};
+    v.column_size = strides[1];
+  } else {
+    v.transposed = out > 1 && strides[0] < strides[1];
+    v.major = v.transposed ? in : out;
+    v.minor = v.transposed ? out : in;
+    v.major_stride = strides[v.transposed];
+    v.minor_stride = strides[!v.transposed];
+    v.positions = std::move(kernel);
+  }
+  v.parts = parts_of(v.major, v.minor);
+  return v;
+}
+
+// abs-sums over one part of one convolution group
+void sum_part(const WeightView& v, int64_t group, int64_t part, bool rows, bool columns) {
+  const int64_t first = part_start(v.major, v.parts, part), last = part_start(v.major, v.parts, part + 1);
+  double* minor = v.partial + (group * v.parts + part) * v.minor;
+  double* major = v.major_sums + group * v.major + first;
+  const bool need_minor = v.transposed ? rows : columns, need_major = v.transposed ? columns : rows;
+  if (need_minor) std::fill(minor, minor + v.minor, 0.0);
+  if (need_major) std::fill(major, major + (last - first), 0.0);
+  for_each_offset(v.positions, [&](int64_t at) {
+    v.kernels->weight(v.data + (group * v.group_stride + first * v.major_stride + at) * v.item, last - first, v.minor,
+                      v.major_stride, v.minor_stride, need_major ? major : nullptr, need_minor ? minor : nullptr);
+  });
+}
+
+// the parts of every group put together, in order
+void finish_sums(WeightView& v, const Weight& record) {
+  const int64_t in = record.size[1];
+  const bool need_minor = v.transposed ? record.reads_rows : record.reads_columns;
+  if (need_minor)
+    for (int64_t g = 0; g < v.conv_groups; ++g) {
+      double* total = v.partial + g * v.parts * v.minor;
+      for (int64_t part = 1; part < v.parts; ++part)
+        for (int64_t i = 0; i < v.minor; ++i) total[i] += total[part * v.minor + i];
+      double* out = (v.transposed ? v.rows : v.columns) + g * (v.transposed ? v.minor : in);
+      if (v.column_size) {
+        std::fill(out, out + in, 0.0);
+        for (int64_t i = 0; i < v.minor; ++i) out[i / v.column_size % in] += total[i];
+      } else {
+        std::copy(total, total + v.minor, out);
+      }
+    }
+  if (v.transposed ? record.reads_columns : record.reads_rows)
+    std::copy(v.major_sums, v.major_sums + v.major_length(), v.transposed ? v.columns : v.rows);
+}
+
+template <typename U>
+void choose_all(const Plan& plan, const Fields& f, const Sums& sums, const std::vector<int64_t>& reached) {
+  const Header& h = *plan.header;
+  for_each(h.groups, h.units * 32, [&](int64_t g) {
+    if (!reached[g]) {
+      f.num_chosen[g] = 0;
+      return;
+    }
+    const Group& group = plan.groups[g];
+    const int64_t n = group.units;
+    static thread_local std::vector<double> memory;
+    const size_t each = Scratch::size<double>(n);
+    if (memory.size() < 4 * each) memory.resize(4 * each);
+    double* y = memory.data();
+    utility_now(plan, f, group, sums, y);
+    choose<U>(plan, f, g, y, reinterpret_cast<U*>(y + each), reinterpret_cast<float*>(y + 2 * each),
+              reinterpret_cast<uint64_t*>(y + 3 * each));
+    if (h.keeps_mean) average_features(plan, f, group);
+  });
+}
+
+int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
+                std::vector<int64_t> held_slots) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.mutable_data_ptr());
+  CBP_CHECK(static_cast<int64_t>(weights.size()) == h.weights, "a wrong number of weights");
+  CBP_CHECK(held.size() == held_slots.size(), "held activations and their slots differ in number");
+
+  // everything that can be wrong is found before anything is written
+  std::vector<Activations> forwards;
+  forwards.reserve(held.size());
+  for (size_t i = 0; i < held.size(); ++i) {
+    CBP_CHECK(held_slots[i] >= 0 && held_slots[i] < h.slots, "no such slot");
+    forwards.push_back(activations_of(held[i], plan.slots[held_slots[i]]));
+  }
+  std::vector<WeightView> views;
+  views.reserve(weights.size());
+  for (int64_t i = 0; i < h.weights; ++i) views.push_back(view_of(weights[i], plan.weights[i]));
+
+  for (size_t i = 0; i < held.size(); ++i) capture(plan, f, held_slots[i], forwards[i]);
+  std::vector<int64_t> reached(h.groups, 0), needed(h.weights, 0);
+  bool any = false;
+  for (int64_t s = 0; s < h.slots; ++s) {
+    if (f.seen[s] == 0) continue;
+    any = true;
+    const Group& group = plan.groups[plan.slots[s].group];
+    reached[plan.slots[s].group] = 1;
+    if (plan.slots[s].weight >= 0) needed[plan.slots[s].weight] = 1;
+    for (int64_t i = 0; i < group.incoming; ++i) needed[plan.incoming[group.first_incoming + i]] = 1;
+  }
+  if (!any) return 0;
+
+  struct Part {
+    int64_t weight, group, part;
+  };
+  std::vector<Part> parts;
+  size_t room = 0;
+  int64_t elements = 0;
+  for (int64_t i = 0; i < h.weights; ++i) {
+    const WeightView& v = views[i];
+    room += v.major_length() + v.partial_length() + plan.weights[i].size[0] + v.conv_groups * plan.weights[i].size[1];
+    if (!needed[i]) continue;
+    elements += v.conv_groups * v.major * v.minor;
+    for (int64_t g = 0; g < v.conv_groups; ++g)
+      for (int64_t p = 0; p < v.parts; ++p) parts.push_back({i, g, p});
+  }
+  Scratch scratch(room);
+  std::vector<const double*> rows(h.weights), columns(h.weights);
+  for (int64_t i = 0; i < h.weights; ++i) {
+    WeightView& v = views[i];
+    v.major_sums = scratch.take<double>(v.major_length());
+    v.partial = scratch.take<double>(v.partial_length());
+    rows[i] = v.rows = scratch.take<double>(plan.weights[i].size[0]);
+    columns[i] = v.columns = scratch.take<double>(v.conv_groups * plan.weights[i].size[1]);
+  }
+  for_each(static_cast<int64_t>(parts.size()), elements, [&](int64_t i) {
+    const Part& p = parts[i];
+    sum_part(views[p.weight], p.group, p.part, plan.weights[p.weight].reads_rows, plan.weights[p.weight].reads_columns);
+  });
+  for_each(h.weights, elements / 16, [&](int64_t i) {
+    if (needed[i]) finish_sums(views[i], plan.weights[i]);
+  });
+
+  ++*f.step;
+  const Sums sums{rows.data(), columns.data()};
+  if (h.utility_bytes == 8)
+    choose_all<double>(plan, f, sums, reached);
+  else
+    choose_all<float>(plan, f, sums, reached);
+  std::fill(f.seen, f.seen + h.slots, 0);
+  std::fill(f.sums, f.sums + h.columns, 0.0);
+  if (h.keeps_mean) std::fill(f.feature, f.feature + h.columns, 0.0);
+  int64_t chosen = 0;
+  for (int64_t g = 0; g < h.groups; ++g) chosen += f.num_chosen[g];
+  return chosen;
+}
+
+Target target_of(const Tensor& t, const Region& region) {
+  CBP_CHECK(t.is_cpu() && t.dim() == region.dims, "a tensor to re-initialise changed its device or dimensions");
+  Target target{};
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t d = 0; d < MAX_DIMS; ++d) {
+    target.size[d] = d < region.dims ? sizes[d] : 1;
+    target.stride[d] = d < region.dims ? strides[d] : 0;
+    CBP_CHECK(target.size[d] == region.size[d], "a tensor to re-initialise changed its shape");
+  }
+  target.data = t.mutable_data_ptr();
+  return target;
+}
+
+// f(T{}) for the C++ type of a tensor
+template <typename F>
+void dispatch(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
+  }
+}
+
+// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two tensors:
+// the bias, and the weight that reads the units.
+void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vector<int64_t> numbers) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.mutable_data_ptr());
+  struct Job {
+    const Region* region;
+    bool slot;
+    Target target, weight;
+    ScalarType type, weight_type;
+  };
+  std::vector<Job> jobs;
+  jobs.reserve(numbers.size());
+  size_t next = 0;
+  for (const int64_t number : numbers) {
+    CBP_CHECK(number >= 0 && number / 2 < h.regions, "no such region");
+    const Region& region = plan.regions[number / 2];
+    CBP_CHECK(next + (region.kind == 2) < tensors.size(), "too few tensors");
+    Job job{&region, number % 2 == 1, target_of(tensors[next], region), {}, tensors[next].scalar_type(), {}};
+    sum_kernels(job.type);
+    if (region.kind == 2) {
+      const Tensor& w = tensors[++next];
+      const Slot& slot = plan.slots[region.slot];
+      CBP_CHECK(w.is_cpu() && w.dim() >= 2 && w.dim() <= MAX_DIMS && w.size(0) == region.size[0] &&
+                    region.conv_groups * w.size(1) == slot.columns,
+                "a reading weight changed its device or shape");
+      job.weight_type = w.scalar_type();
+      sum_kernels(job.weight_type);
+      const auto sizes = w.sizes(), strides = w.strides();
+      for (int64_t d = 0; d < MAX_DIMS; ++d) {
+        job.weight.size[d] = d < w.dim() ? sizes[d] : 1;
+        job.weight.stride[d] = d < w.dim() ? strides[d] : 0;
+      }
+      job.weight.data = w.mutable_data_ptr();
+    }
+    ++next;
+    jobs.push_back(job);
+  }
+  CBP_CHECK(next == tensors.size(), "too many tensors");
+
+  for (const Job& job : jobs) {
+    if (job.region->kind == 2) {
+      dispatch(job.type, [&](auto bias) {
+        dispatch(job.weight_type, [&](auto weight) {
+          transfer<decltype(bias), decltype(weight)>(plan, f, *job.region, job.target, job.weight);
+        });
+      });
+    } else {
+      dispatch(job.type, [&](auto x) { reinit<decltype(x)>(plan, f, *job.region, job.slot, job.target); });
+    }
+  }
+  forget(plan, f);
+}
+
+}  // namespace
+}  // namespace cbp
+
+STABLE_TORCH_LIBRARY_IMPL(cbp_fast, CPU, m) {
+  m.impl("capture_", TORCH_BOX(&cbp::capture_));
+  m.impl("select_", TORCH_BOX(&cbp::select_));
+  m.impl("reinit_", TORCH_BOX(&cbp::reinit_));
+}

@@ -1,0 +1,149 @@
+// What is written when units are replaced. No torch; T is any type with conversions from and to float.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "plan.h"
+
+namespace cbp {
+
+struct Target {
+  void* data;
+  int64_t size[MAX_DIMS], stride[MAX_DIMS];
+};
+
+// f(offset, element, n, stride) for every run of elements that unit j owns: `n` elements with consecutive row-major
+// numbers from `element` on, `stride` apart in memory from `offset` on
+template <typename F>
+void for_each_run(const Target& t, const Region& region, int64_t j, const F& f) {
+  int64_t inner = 1;
+  for (int64_t d = region.axis + 1; d < MAX_DIMS; ++d) inner *= t.size[d];
+  // the last axes are one run if they are dense, as those of a contiguous tensor are
+  int64_t run = 1, stride = 0, axis = MAX_DIMS;
+  while (axis > region.axis + 1) {
+    const int64_t d = axis - 1;
+    if (t.size[d] == 1) {
+      --axis;
+      continue;
+    }
+    if (run > 1 && t.stride[d] != run * stride) break;
+    if (run == 1) stride = t.stride[d];
+    run *= t.size[d];
+    --axis;
+  }
+  const auto inner_runs = [&](int64_t offset, int64_t element) {
+    for (int64_t i = 0; i < inner; i += run) {
+      int64_t rest = i / run, at = offset;
+      for (int64_t d = axis - 1; d > region.axis; --d) {
+        at += rest % t.size[d] * t.stride[d];
+        rest /= t.size[d];
+      }
+      f(at, element + i, run, stride);
+    }
+  };
+  for (int64_t p = 0; p < region.per_unit; ++p) {
+    const int64_t index = j * region.per_unit + p;
+    if (region.axis == 0) {
+      inner_runs(index * t.stride[0], index * inner);
+      continue;
+    }
+    // a grouped convolution's column lies in the rows of its group
+    const int64_t rows = t.size[0] / region.conv_groups, first = index / t.size[1] * rows, column = index % t.size[1];
+    for (int64_t r = first; r < first + rows; ++r)
+      inner_runs(r * t.stride[0] + column * t.stride[1], (r * t.size[1] + column) * inner);
+  }
+}
+
+// float32 draws for the elements first ... first + n - 1
+inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n, float* out) {
+  const uint64_t seed = static_cast<uint64_t>(*f.seed);
+  const uint32_t step = static_cast<uint32_t>(*f.step), stream = static_cast<uint32_t>(region.stream);
+  const float bound = static_cast<float>(region.value);
+  active->kernels->uniform(seed, step, stream, static_cast<uint64_t>(first), n, out);
+  if (region.distribution == 0)
+    for (int64_t i = 0; i < n; ++i) out[i] = (2.0f * out[i] - 1.0f) * bound;
+  if (region.distribution != 1) return;
+  // Box-Muller on the two words of a pair: the even element takes the cosine, the odd one the sine
+  for (int64_t i = 0; i < n; ++i) {
+    float pair[2];
+    active->kernels->uniform(seed, step, stream, static_cast<uint64_t>((first + i) & ~int64_t{1}), 2, pair);
+    const double radius = std::sqrt(-2.0 * std::log1p(-static_cast<double>(pair[0])));
+    const double angle = 6.283185307179586 * static_cast<double>(pair[1]);
+    out[i] = static_cast<float>(radius * ((first + i) % 2 ? std::sin(angle) : std::cos(angle)) * region.value);
+  }
+}
+
+template <typename T>
+void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, const Target& t) {
+  constexpr int64_t BLOCK = 1024;
+  float values[BLOCK];
+  const Group& group = plan.groups[region.group];
+  const bool draws = region.kind == 0 && !slot;
+  const T fill = static_cast<T>(static_cast<float>(slot ? 0.0 : region.value));
+  for (int64_t i = 0; i < f.num_chosen[region.group]; ++i)
+    for_each_run(t, region, f.chosen[group.first_unit + i], [&](int64_t at, int64_t element, int64_t n, int64_t s) {
+      T* out = static_cast<T*>(t.data) + at;
+      if (!draws) {
+        for (int64_t e = 0; e < n; ++e) out[e * s] = fill;
+        return;
+      }
+      for (int64_t start = 0; start < n; start += BLOCK) {
+        const int64_t width = std::min(BLOCK, n - start);
+        draw(f, region, element + start, width, values);
+        for (int64_t e = 0; e < width; ++e) out[(start + e) * s] = static_cast<T>(values[e]);
+      }
+    });
+}
+
+// bias += sum over the chosen units' columns of weight * h_hat; a row's total that is not finite adds nothing
+template <typename B, typename W>
+void transfer(const Plan& plan, const Fields& f, const Region& region, const Target& bias, const Target& weight) {
+  const Group& group = plan.groups[region.group];
+  const Slot& slot = plan.slots[region.slot];
+  const int64_t rows = weight.size[0];
+  std::vector<double> total(rows, 0.0);
+  BiasCorrection correction(*f.decay);
+  Region column = region;
+  column.per_unit = 1;
+  for (int64_t i = 0; i < f.num_chosen[region.group]; ++i) {
+    const int64_t j = f.chosen[group.first_unit + i];
+    const double divisor = correction(f.age[group.first_unit + j]);
+    for (int64_t p = 0; p < region.per_unit; ++p) {
+      const int64_t c = j * region.per_unit + p;
+      const double h_hat = f.running_mean[slot.first_column + c] / divisor;
+      for_each_run(weight, column, c, [&](int64_t at, int64_t element, int64_t n, int64_t s) {
+        const W* w = static_cast<const W*>(weight.data) + at;
+        double sum = 0;
+        for (int64_t e = 0; e < n; ++e) sum += static_cast<double>(w[e * s]);
+        total[element / (weight.size[1] * weight.size[2] * weight.size[3] * weight.size[4])] += sum * h_hat;
+      });
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    B& b = static_cast<B*>(bias.data)[r * bias.stride[0]];
+    const B moved = static_cast<B>(static_cast<double>(b) + total[r]);
+    if (std::isfinite(static_cast<double>(moved))) b = moved;
+  }
+}
+
+// u, a and m_h of the chosen units
+inline void forget(const Plan& plan, const Fields& f) {
+  const Header& h = *plan.header;
+  for (int64_t g = 0; g < h.groups; ++g) {
+    const Group& group = plan.groups[g];
+    for (int64_t i = 0; i < f.num_chosen[g]; ++i) {
+      const int64_t j = f.chosen[group.first_unit + i], unit = group.first_unit + j, per_unit = group.columns_per_unit;
+      if (h.utility_bytes == 8)
+        static_cast<double*>(f.utility)[unit] = 0;
+      else
+        static_cast<float*>(f.utility)[unit] = 0;
+      f.age[unit] = 0;
+      for (int64_t s = group.first_slot; h.keeps_mean && s < group.first_slot + group.slots; ++s)
+        for (int64_t p = 0; p < per_unit; ++p) f.running_mean[plan.slots[s].first_column + j * per_unit + p] = 0;
+    }
+  }
+}
+
+}  // namespace cbp

@@ -1,0 +1,143 @@
+// From sums to the choice, for one group: utility, decayed average, age, and the units of least score. No torch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "isa.h"
+#include "plan.h"
+
+namespace cbp {
+
+// what a group needs while it is worked on; sums of weights are null where the rule does not read them
+struct Sums {
+  const double* const* rows;     // of each weight, [out]
+  const double* const* columns;  // of each weight, [in]
+};
+
+// y[j] in double: activation statistic x weight statistic (ALGORITHM in README: utility)
+inline void utility_now(const Plan& plan, const Fields& f, const Group& group, const Sums& sums, double* y) {
+  const Header& h = *plan.header;
+  const int64_t n = group.units, per_unit = group.columns_per_unit;
+  std::fill(y, y + n, 0.0);
+  double elements = 0, samples = 0;
+  for (int64_t s = group.first_slot; s < group.first_slot + group.slots; ++s) {
+    const Slot& slot = plan.slots[s];
+    const double seen = static_cast<double>(f.seen[s]);
+    if (seen == 0) continue;
+    samples += seen;
+    const double* activation = h.activation ? f.sums + slot.first_column : nullptr;
+    const double* weight = h.outgoing ? sums.columns[slot.weight] : nullptr;
+    // clarena has one mean over all readers: sums first, one division at the end
+    const double divisor = h.incoming_use == 1 ? 1.0 : seen;
+    for (int64_t j = 0, c = 0; j < n; ++j) {
+      double total = 0;
+      for (int64_t p = 0; p < per_unit; ++p, ++c)
+        total += (activation ? activation[c] / divisor : 1.0) * (weight ? weight[c] : 1.0);
+      y[j] += total;
+    }
+    int64_t numel = 1;
+    if (h.outgoing)
+      for (const int64_t size : plan.weights[slot.weight].size) numel *= size;
+    elements += h.outgoing ? static_cast<double>(numel / (n * per_unit)) * per_unit : per_unit;
+  }
+  if (h.incoming_use != 1 && h.outgoing != 1)
+    for (int64_t j = 0; j < n; ++j) y[j] /= elements;
+  if (h.incoming_use == 0) return;
+  int64_t fan_in = 0;
+  for (int64_t i = 0; i < group.incoming; ++i) {
+    const Weight& w = plan.weights[plan.incoming[group.first_incoming + i]];
+    fan_in += w.size[1] * w.size[2] * w.size[3] * w.size[4];
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    double w_in = 0;
+    for (int64_t i = 0; i < group.incoming; ++i) w_in += sums.rows[plan.incoming[group.first_incoming + i]][j];
+    y[j] = h.incoming_use == 1 ? y[j] / samples * w_in : y[j] / (w_in / static_cast<double>(fan_in));
+  }
+}
+
+// a float's bits in an order of their own: less as a float is less as an integer, and -0 is +0
+inline uint64_t ordered(float x) {
+  const uint32_t bits = as_bits(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// u = decay * u + (1 - decay) * y and age + 1 where y is finite; then the choice. `keys` and `score` have room for n.
+template <typename U>
+void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* now, float* random, uint64_t* keys) {
+  const Header& h = *plan.header;
+  const Group& group = plan.groups[g];
+  const int64_t n = group.units;
+  U* utility = static_cast<U*>(f.utility) + group.first_unit;
+  int32_t* age = f.age + group.first_unit;
+  const U infinity = std::numeric_limits<U>::infinity();
+  U low = infinity, high = -infinity;
+  for (int64_t j = 0; j < n; ++j) {
+    now[j] = static_cast<U>(y[j]);
+    if (h.min_max && std::isfinite(now[j])) {
+      low = std::min(low, now[j]);
+      high = std::max(high, now[j]);
+    }
+  }
+  const U decay = static_cast<U>(*f.decay), rest = static_cast<U>(1.0 - *f.decay);
+  const U range = high - low + static_cast<U>(1e-8);
+  int64_t eligible = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (std::isfinite(now[j])) {
+      const U value = h.score == 2 ? U(0) : h.min_max ? (now[j] - low) / range : now[j];
+      utility[j] = decay * utility[j] + rest * value;
+      ++age[j];
+    }
+    eligible += age[j] > *f.maturity;
+  }
+
+  const uint64_t seed = static_cast<uint64_t>(*f.seed);
+  const uint32_t step = static_cast<uint32_t>(*f.step), stream = static_cast<uint32_t>(group.stream);
+  double due = *f.rate * static_cast<double>(h.accrual == 1 ? (eligible > 0) * n : eligible);
+  if (h.accrual == 2) due = std::trunc(due);
+  const double pending = f.pending[g] + due;
+  double count = h.count == 0 ? std::floor(pending) : pending > 1;
+  if (h.count == 1) {
+    // the coin's element follows those of the random scores
+    float coin;
+    active->kernels->uniform(seed, step, stream, static_cast<uint64_t>(n), 1, &coin);
+    count = std::floor(due) + (coin < due - std::floor(due));
+  }
+
+  int64_t k = 0;
+  if (count > 0) {
+    if (h.score == 2) active->kernels->uniform(seed, step, stream, 0, n, random);
+    BiasCorrection correction(*f.decay);
+    int64_t candidates = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      if (!(age[j] > *f.maturity)) continue;
+      const double divisor = h.score == 1 ? age[j] : correction(age[j]);
+      const U score = h.score == 2 ? static_cast<U>(random[j]) : static_cast<U>(utility[j] / divisor);
+      if (!std::isfinite(score)) continue;
+      // a float64 score beyond float32 stays a candidate, after all others
+      const float key = std::min(static_cast<float>(score), std::numeric_limits<float>::max());
+      keys[candidates++] = ordered(key) << 32 | static_cast<uint64_t>(j);
+    }
+    k = count < static_cast<double>(candidates) ? static_cast<int64_t>(count) : candidates;
+    if (k < candidates) std::nth_element(keys, keys + k, keys + candidates);
+    std::sort(keys, keys + k);
+    for (int64_t i = 0; i < k; ++i) f.chosen[group.first_unit + i] = static_cast<int32_t>(keys[i] & 0xffffffffu);
+  }
+  if (h.count != 1) f.pending[g] = pending - static_cast<double>(k);
+  f.num_chosen[g] = static_cast<int32_t>(k);
+  f.num_replaced[g] += k;
+}
+
+// m_h = decay * m_h + (1 - decay) * mean_s h where that mean is finite
+inline void average_features(const Plan& plan, const Fields& f, const Group& group) {
+  for (int64_t s = group.first_slot; s < group.first_slot + group.slots; ++s) {
+    const Slot& slot = plan.slots[s];
+    if (f.seen[s] == 0) continue;
+    for (int64_t c = slot.first_column; c < slot.first_column + slot.columns; ++c) {
+      const double mean = f.feature[c] / static_cast<double>(f.seen[s]);
+      if (std::isfinite(mean)) f.running_mean[c] = *f.decay * f.running_mean[c] + (1.0 - *f.decay) * mean;
+    }
+  }
+}
+
+}  // namespace cbp
