@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,15 @@ class _Recorder:
     Copies and pickles do nothing, so that a deepcopied or averaged model carries no continual backprop with it.
     """
 
-    __slots__ = ("cbp", "slot")
+    __slots__ = ("engine", "slot")
 
-    def __init__(self, cbp: ContinualBackprop | None = None, slot: int = 0) -> None:
-        self.cbp = cbp
+    def __init__(self, engine: Engine | None = None, slot: int = 0) -> None:
+        self.engine = engine
         self.slot = slot
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cbp = self.cbp
-        if cbp is not None and module.training and torch.is_grad_enabled() and cbp.enabled:
-            cbp._engine.record(self.slot, args[0] if args else kwargs["input"])
+        if module.training and self.engine is not None and torch.is_grad_enabled():
+            self.engine.record(self.slot, args[0] if args else kwargs["input"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
         return _Recorder()
@@ -67,7 +65,6 @@ class ContinualBackprop:
         seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`. The global generators are never used.
 
     Attributes:
-        enabled: while False, forwards are not observed and steps do nothing.
         rule: the `Rule`.
         groups: the `UnitGroup`s, in forward order.
 
@@ -79,7 +76,9 @@ class ContinualBackprop:
         >>> cbp = ContinualBackprop(model, optimizer, replacement_rate=1e-4)
         >>> for x, y in stream:
         ...     loss = F.cross_entropy(model(x), y)
-        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
     """
 
     def __init__(
@@ -102,14 +101,13 @@ class ContinualBackprop:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
         self.rule = Rule.make(rule)
-        self.enabled = True
         self._optimizers = _optimizers(optimizer)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise RuntimeError(
-                    "several processes are not supported in this version: each would replace units of its own, and the "
-                    "copies of the model would drift apart"
-                )
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "several processes are not supported in this version: each would replace units of its own, and the "
+                "copies of the model would drift apart"
+            )
         found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
         resolved = _filtered([resolve(model, group) for group in found], include, exclude)
         if not resolved:
@@ -136,7 +134,7 @@ class ContinualBackprop:
         self._model = model
         self._waiting = set(range(len(self._optimizers)))
         self._hooks: list[RemovableHandle] = [
-            slot.module.register_forward_pre_hook(_Recorder(self, i), with_kwargs=True)
+            slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
         ]
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
@@ -198,6 +196,15 @@ class ContinualBackprop:
         """Move the state to a device, after `model.to(device)`; forwards since the last step are forgotten."""
         self._engine.to(torch.device(device))
         return self
+
+    @property
+    def enabled(self) -> bool:
+        """While False, forwards are not observed and steps do nothing."""
+        return self._engine.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._engine.enabled = bool(value)
 
     @property
     def backend(self) -> str:
@@ -263,25 +270,7 @@ class ContinualBackprop:
 
         Take it between steps: what forwards have left since the last step is not in it.
         """
-        state = self._engine.state
-        groups = {}
-        for g, layout in enumerate(state.layouts):
-            groups[layout.name] = {
-                "utility": state.utility[layout.units].clone(),
-                "age": state.age[layout.units].clone(),
-                "pending": float(state.pending[g]),
-                "num_replaced": int(state.num_replaced[g]),
-            }
-            if self.rule.keeps_mean:
-                columns = slice(state.slots[layout.slots[0]].columns.start, state.slots[layout.slots[-1]].columns.stop)
-                groups[layout.name]["running_mean"] = state.running_mean[columns].clone()
-        return {
-            "rule": _rule_dict(self.rule),
-            **self._engine.hyper,
-            "seed": int(state.seed),
-            "step": int(state.step),
-            "groups": groups,
-        }
+        return self._engine.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict()` of the same network and rule; rates and seed are taken from it too.
@@ -289,38 +278,11 @@ class ContinualBackprop:
         Raises:
             ValueError: a key is missing, or groups, shapes, rule or numbers do not fit. Nothing has changed then.
         """
-        state, engine = self._engine.state, self._engine
-        own = self.state_dict()
-        _check_keys("state_dict", state_dict, own)
-        if dict(state_dict["rule"]) != own["rule"]:
-            raise ValueError(f"state_dict was saved with rule {dict(state_dict['rule'])}, this object has {own['rule']}")
-        _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
-        for name, mine in own["groups"].items():
-            theirs = state_dict["groups"][name]
-            _check_keys(f"state_dict of group '{name}'", theirs, mine)
-            for key, value in mine.items():
-                _check_entry(f"{key} of group '{name}'", theirs[key], value)
-        for key in ("seed", "step"):
-            _check_entry(key, state_dict[key], own[key])
-        # the only call below that can fail, and it checks before it sets
-        engine.set_hyper(**{key: state_dict[key] for key in engine.hyper})
-        for g, layout in enumerate(state.layouts):
-            theirs = state_dict["groups"][layout.name]
-            state.utility[layout.units].copy_(theirs["utility"])
-            state.age[layout.units].copy_(theirs["age"])
-            state.pending[g] = theirs["pending"]
-            state.num_replaced[g] = theirs["num_replaced"]
-            if self.rule.keeps_mean:
-                columns = slice(state.slots[layout.slots[0]].columns.start, state.slots[layout.slots[-1]].columns.stop)
-                state.running_mean[columns].copy_(theirs["running_mean"])
-        state.seed.fill_(state_dict["seed"])
-        state.step.fill_(state_dict["step"])
-        state.num_chosen.zero_()
-        engine.forget_forwards()
+        self._engine.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         engine = self._engine
-        rows = [("group", "units", "incoming", "norms", "outgoing")]
+        rows: list[tuple[str, ...]] = [("group", "units", "incoming", "norms", "outgoing")]
         for group, layout in zip(self.groups, engine.state.layouts, strict=True):
             outgoing = ", ".join(map(str, group.outgoing))
             if layout.columns_per_unit > 1:
@@ -335,7 +297,9 @@ class ContinualBackprop:
         return "\n  ".join([head + removed, *(line.rstrip() for line in table)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContinualBackprop:
-        raise TypeError("a ContinualBackprop belongs to one model; attach a new one to the copy and load its state_dict")
+        raise TypeError(
+            "a ContinualBackprop belongs to one model; attach a new one to the copy and load its state_dict"
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
@@ -381,17 +345,18 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
                 "use rule='nature', or exclude= the group"
             )
         for name, module in groups[g - 1].incoming if g else ():
-            if module.weight.shape[1] < group.num_units:
+            inputs = cast(Tensor, module.weight).shape[1]
+            if inputs < group.num_units:
                 raise ValueError(
                     f"rule 'clarena' re-draws column j of the preceding layer for unit j, but '{name}' has "
-                    f"{module.weight.shape[1]} inputs and group '{group.name}' has {group.num_units} units"
+                    f"{inputs} inputs and group '{group.name}' has {group.num_units} units"
                 )
 
 
 def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
     for group in groups:
         for name, module in group.outgoing:
-            if any(isinstance(h, _Recorder) and h.cbp is not None for h in module._forward_pre_hooks.values()):
+            if any(isinstance(h, _Recorder) and h.engine is not None for h in module._forward_pre_hooks.values()):
                 raise ValueError(f"'{name}' has a ContinualBackprop attached already; call its remove() first")
 
 
@@ -414,29 +379,3 @@ def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-def _rule_dict(rule: Rule) -> dict[str, Any]:
-    derived = ("activation", "outgoing", "incoming")
-    return {key: value for key, value in asdict(rule).items() if key not in derived}
-
-
-def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    if not isinstance(theirs, Mapping):
-        raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
-    missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(map(str, theirs.keys() - mine.keys()))
-    if missing or unexpected:
-        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
-
-
-def _check_entry(what: str, theirs: Any, mine: Any) -> None:
-    if isinstance(mine, Tensor):
-        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, Tensor) else type(theirs).__name__
-            raise ValueError(f"state_dict: {what} is {got}, must be {tuple(mine.shape)} {mine.dtype}")
-        if not theirs.isfinite().all() or (not theirs.is_floating_point() and (theirs < 0).any()):
-            raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
-    elif type(theirs) is not type(mine):
-        raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
-    elif what.startswith(("pending", "num_replaced", "step")) and not 0 <= theirs < float("inf"):
-        raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least 0")

@@ -16,12 +16,15 @@ _reinit = torch.ops.cbp_fast.reinit_.default
 
 
 def capture_(state: State, slot: int, h: Tensor) -> None:
+    """See `reference.capture_`."""
     _capture(state.buffer, state.plan, h, slot)
 
 
 def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
+    """See `reference.select_`."""
     return _select(state.buffer, state.plan, weights, held, slots)
 
 
 def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    """See `reference.reinit_`."""
     _reinit(state.buffer, state.plan, tensors, regions)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +49,12 @@ class Engine:
         device = _one_device(groups)
         self._wanted = backend
         self.capture = capture
+        self.enabled = True
+        self._room = _HELD_BYTES[capture]
         self.backend = backend_for(device, backend)
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
-        self.set_hyper(
-            replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate
-        )
-        self._functions = BACKENDS[self.backend]
+        self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
         self._places = [(ref.owner, ref.key) for ref in self.state.weights]
         self._regions: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self.state.regions):
@@ -62,7 +64,12 @@ class Engine:
         self.forget_forwards()
 
     @property
+    def _functions(self) -> ModuleType:
+        return BACKENDS[self.backend]
+
+    @property
     def hyper(self) -> dict[str, float]:
+        """replacement_rate, maturity_threshold and decay_rate."""
         return dict(self._hyper)
 
     def set_hyper(self, **values: float) -> None:
@@ -95,17 +102,15 @@ class Engine:
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
+        if not self.enabled:
+            return
         h = h.detach()
-        size = h.nbytes
-        if (
-            self._held_bytes + size <= _HELD_BYTES[self.capture]
-            and not self._inline[slot]
-            and not torch.compiler.is_compiling()
-        ):
+        held = self._held_bytes + h.nbytes
+        if held <= self._room and not self._inline[slot] and not torch.compiler.is_compiling():
             self._held.append(h)
             self._slots.append(slot)
             self._versions.append(h._version)
-            self._held_bytes += size
+            self._held_bytes = held
         else:
             self._functions.capture_(self.state, slot, h)
 
@@ -173,8 +178,54 @@ class Engine:
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
         self.backend = backend_for(device, self._wanted)
-        self._functions = BACKENDS[self.backend]
         self.state.to(device)
+        self.forget_forwards()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as copies, by group name."""
+        state = self.state
+        groups: dict[str, dict[str, Any]] = {}
+        for g, layout in enumerate(state.layouts):
+            groups[layout.name] = {
+                "utility": state.utility[layout.units].clone(),
+                "age": state.age[layout.units].clone(),
+                "pending": float(state.pending[g]),
+                "num_replaced": int(state.num_replaced[g]),
+            }
+            if state.rule.keeps_mean:
+                groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
+        rule = {f.name: getattr(state.rule, f.name) for f in fields(state.rule) if f.init}
+        return {"rule": rule, **self._hyper, "seed": int(state.seed), "step": int(state.step), "groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
+        state, own = self.state, self.state_dict()
+        _check_keys("state_dict", state_dict, own)
+        if dict(state_dict["rule"]) != own["rule"]:
+            raise ValueError(
+                f"state_dict was saved with rule {dict(state_dict['rule'])}, this object has {own['rule']}"
+            )
+        _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
+        for name, mine in own["groups"].items():
+            theirs = state_dict["groups"][name]
+            _check_keys(f"state_dict of group '{name}'", theirs, mine)
+            for key, value in mine.items():
+                _check_entry(f"{key} of group '{name}'", theirs[key], value)
+        for key in ("seed", "step"):
+            _check_entry(key, state_dict[key], own[key])
+        # the last call that can fail checks before it sets
+        self.set_hyper(**{key: state_dict[key] for key in self._hyper})
+        for g, layout in enumerate(state.layouts):
+            theirs = state_dict["groups"][layout.name]
+            state.utility[layout.units].copy_(theirs["utility"])
+            state.age[layout.units].copy_(theirs["age"])
+            state.pending[g] = theirs["pending"]
+            state.num_replaced[g] = theirs["num_replaced"]
+            if state.rule.keeps_mean:
+                state.running_mean[state.columns_of(layout)].copy_(theirs["running_mean"])
+        state.seed.fill_(state_dict["seed"])
+        state.step.fill_(state_dict["step"])
+        state.num_chosen.zero_()
         self.forget_forwards()
 
     def _check_tensors(self) -> None:
@@ -215,3 +266,24 @@ def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
         places = ", ".join(f"{name} on {device}" for device, name in names.items())
         raise ValueError(f"the groups lie on several devices ({places}); attach one object to each part of the model")
     return next(iter(names))
+
+
+def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
+    missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(map(str, theirs.keys() - mine.keys()))
+    if missing or unexpected:
+        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+
+
+def _check_entry(what: str, theirs: Any, mine: Any) -> None:
+    if isinstance(mine, Tensor):
+        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, Tensor) else type(theirs).__name__
+            raise ValueError(f"state_dict: {what} is {got}, must be {tuple(mine.shape)} {mine.dtype}")
+        if not theirs.isfinite().all() or (not theirs.is_floating_point() and (theirs < 0).any()):
+            raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
+    elif type(theirs) is not type(mine):
+        raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
+    elif what.startswith(("pending", "num_replaced", "step")) and not 0 <= theirs < float("inf"):
+        raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least 0")

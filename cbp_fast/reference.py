@@ -110,7 +110,11 @@ def _column_sums(weight: Tensor, conv_groups: int) -> Tensor:
 
 
 def utility_now(
-    state: State, layout: Layout, rows: Sequence[Tensor | None], columns: Sequence[Tensor | None], weights: Sequence[Tensor]
+    state: State,
+    layout: Layout,
+    rows: Sequence[Tensor | None],
+    columns: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
 ) -> Tensor:
     """y: activation statistic x weight statistic of every unit, float64 [N]."""
     rule, n = state.rule, layout.num_units
@@ -139,7 +143,7 @@ def utility_now(
         y = y / elements
     if rule.incoming == "divide":
         fan_in = sum(weights[i].numel() for i in layout.incoming) // n
-        y = y / (sum(rows[i] for i in layout.incoming) / fan_in)  # type: ignore[misc, operator]
+        y = y / (sum(rows[i] for i in layout.incoming) / fan_in)  # type: ignore[misc]
     return y
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -61,12 +62,13 @@ class Rule:
         one_of("utility", self.UTILITIES)
         one_of("init", INITS)
         one_of("accrual", ("eligible", "all"))
-        plain = {"nature": ("utility", "accumulate", "accrual", "reset_optimizer")}
-        plain["clarena"] = (*plain["nature"], "init", "act", "transfer_bias")
-        for option in plain.get(self.name, ()):
+        gnt_only: tuple[str, ...] = ("utility", "accumulate", "accrual", "reset_optimizer")
+        if self.name == "clarena":
+            gnt_only += ("init", "act", "transfer_bias")
+        for option in () if self.name == "gnt" else gnt_only:
             default = type(self).__dataclass_fields__[option].default
             if getattr(self, option) != default:
-                raise ValueError(f"Rule: {option} is an option of Rule.gnt, not of rule {self.name!r}")
+                raise ValueError(f"Rule: {option} is no option of rule {self.name!r}")
         factors = _FACTORS[self.utility]
         if self.name == "nature":
             factors = ("magnitude", "sum", None)
@@ -99,7 +101,7 @@ class Rule:
 
     @classmethod
     def clarena(cls) -> Rule:
-        """`clarena.cl_algorithms.CBP` 1.1.0: incoming weights, min-max normalised, u / age ranks, one unit at a time."""
+        """`clarena.cl_algorithms.CBP` 1.1.0: incoming weights, min-max normalised, u / age ranks, one at a time."""
         return cls("clarena")
 
     @classmethod
@@ -107,7 +109,7 @@ class Rule:
         """A `Rule` as it is; a name as its preset with defaults."""
         if isinstance(rule, cls):
             return rule
-        presets = {"nature": cls.nature, "gnt": cls.gnt, "clarena": cls.clarena}
+        presets: dict[str, Callable[[], Rule]] = {"nature": cls.nature, "gnt": cls.gnt, "clarena": cls.clarena}
         if not isinstance(rule, str) or rule not in presets:
             raise ValueError(f"rule is {rule!r}, must be one of {', '.join(presets)}, or a cbp_fast.Rule")
         return presets[rule]()
@@ -140,7 +142,7 @@ class Rule:
         if convolution and self.init != "normal":
             return math.sqrt(1 / fan_in)
         try:
-            gain = torch.nn.init.calculate_gain(self.act)
+            gain = torch.nn.init.calculate_gain(self.act)  # type: ignore[arg-type]
         except ValueError:
             gain = math.sqrt(2)
         if self.init == "normal":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,12 @@ class TensorRef(NamedTuple):
     dtype: torch.dtype
 
     def get(self) -> Tensor:
+        """The tensor as it is now."""
         return self.owner[self.key]  # type: ignore[return-value]
 
     @property
     def is_parameter(self) -> bool:
+        """Whether an optimizer may keep state for it."""
         return self.key in ("weight", "bias")
 
 
@@ -88,7 +90,9 @@ def stream_id(name: str, group: bool = False) -> int:
 
 
 def tensor_ref(name: str, module: nn.Module, key: str) -> TensorRef | None:
-    for owner in (module._parameters, module._buffers):
+    """Where `key` of the module called `name` is found; None if the module has no such tensor."""
+    owners: tuple[Any, ...] = (module._parameters, module._buffers)
+    for owner in owners:
         tensor = owner.get(key)
         if tensor is not None:
             return TensorRef(owner, key, f"{name}.{key}" if name else key, tensor.shape, tensor.dtype)
@@ -194,7 +198,7 @@ class State:
             for name, module in group.outgoing:
                 width = group.num_units * group.columns_per_unit
                 i = weight(name, module, False, rule.outgoing is not None)
-                spatial = 0 if isinstance(module, nn.Linear) else module.weight.dim() - 2  # type: ignore[union-attr]
+                spatial = 0 if isinstance(module, nn.Linear) else cast(Tensor, module.weight).dim() - 2
                 self.slots.append(Slot(g, module, i, slice(column, column + width), spatial))
                 column += width
             self.layouts.append(
@@ -235,9 +239,7 @@ class State:
                     if bias is not None:
                         groups_ = getattr(module, "groups", 1)
                         per_unit = group.columns_per_unit
-                        self.regions.append(
-                            Region(TRANSFER, g, bias, 1, per_unit, groups_, slot=slot, weight=weight)
-                        )
+                        self.regions.append(Region(TRANSFER, g, bias, 1, per_unit, groups_, slot=slot, weight=weight))
             for name, module in group.outgoing:
                 self._add_fill(
                     g,
@@ -268,7 +270,7 @@ class State:
             )
         )
 
-    def _add_fill(self, group: int, name: str, module: nn.Module, key: str, value: float, **place: int) -> None:
+    def _add_fill(self, group: int, name: str, module: nn.Module, key: str, value: float, **place: Any) -> None:
         ref = tensor_ref(name, module, key)
         if ref is not None:
             self.regions.append(Region(FILL, group, ref, value=value, **place))
@@ -301,7 +303,12 @@ class State:
             setattr(self, name, buffer[offset : offset + size].view(dtype))
             offset += size
 
+    def columns_of(self, layout: Layout) -> slice:
+        """The columns of all readers of a group."""
+        return slice(self.slots[layout.slots[0]].columns.start, self.slots[layout.slots[-1]].columns.stop)
+
     def set_hyper(self, replacement_rate: float, maturity_threshold: float, decay_rate: float) -> None:
+        """Put the rates where the kernels read them."""
         self.replacement_rate = replacement_rate
         for i, value in enumerate((replacement_rate, maturity_threshold, decay_rate)):
             self.hyper[i].fill_(value)

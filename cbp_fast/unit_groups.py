@@ -21,20 +21,19 @@ from torch.fx.node import map_aggregate
 
 # number of spatial axes after the units of a layer; 0: the units are the last axis
 _LAYERS = {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
+_FEATURE_NORMS = ("LayerNorm", "RMSNorm")
+_NORMS = (
+    *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
+    *("SyncBatchNorm", "GroupNorm", *_FEATURE_NORMS),
+)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# numbers of spatial axes with which a norm works on the axis of the units
-_NORMS = {
-    **{"BatchNorm1d": (0, 1), "BatchNorm2d": (2,), "BatchNorm3d": (3,), "SyncBatchNorm": (0, 1, 2, 3)},
-    **{"InstanceNorm1d": (1,), "InstanceNorm2d": (2,), "InstanceNorm3d": (3,), "GroupNorm": (0, 1, 2, 3)},
-    **{"LayerNorm": (0, 1, 2, 3), "RMSNorm": (0, 1, 2, 3)},
-}
 # operations by name, without case and underscores: modules, functions and tensor methods, in place or not
 _POOL = re.compile(r"(?:adaptive)?(?:max|avg|lp)pool([123])d")
 _ELEMENTWISE_NAMES = """relu relu6 leakyrelu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus
-    softsign softshrink hardshrink tanhshrink hardtanh hardsigmoid hardswish threshold identity dropout dropout1d dropout2d
-    dropout3d alphadropout featuredropout featurealphadropout clamp clip abs neg exp expm1 log log1p sqrt rsqrt square pow
-    reciprocal sin cos erf add sub mul div truediv truedivide iadd isub imul itruediv clone detach contiguous to type
-    float double half bfloat16 cpu cuda"""
+    softsign softshrink hardshrink tanhshrink hardtanh hardsigmoid hardswish threshold identity dropout dropout1d
+    dropout2d dropout3d alphadropout featuredropout featurealphadropout clamp clip abs neg exp expm1 log log1p sqrt
+    rsqrt square pow reciprocal sin cos erf add sub mul div truediv truedivide iadd isub imul itruediv clone detach
+    contiguous to type float double half bfloat16 cpu cuda"""
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _RESHAPES = ("flatten", "view", "reshape", "squeeze")
 
@@ -186,13 +185,14 @@ def _label(name: str, module: nn.Module) -> str:
     return f"'{name}' ({type(module).__name__})"
 
 
-def _kind(module: nn.Module) -> str | None:
-    """Name of the torch.nn class whose forward() the module runs unchanged."""
+def _kind(module: nn.Module) -> str:
+    """Name of the torch.nn class whose forward() the module runs unchanged, or an empty string."""
     forward = getattr(module.forward, "__func__", None)
     for cls in type(module).__mro__:
-        if getattr(nn, cls.__name__, None) is cls and getattr(cls, "forward", None) is forward:
-            return cls.__name__.removeprefix("Lazy")
-    return None
+        name: str = cls.__name__
+        if getattr(nn, name, None) is cls and getattr(cls, "forward", None) is forward:
+            return name.removeprefix("Lazy")
+    return ""
 
 
 def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
@@ -214,7 +214,7 @@ def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
     for name, module in incoming + outgoing + norms:
         _check_parameters(name, module, names)
 
-    n, spatial = _width(incoming[0][1], 0), min(_LAYERS[_kind(module) or ""] for _, module in incoming)
+    n, spatial = _width(incoming[0][1], 0), min(_LAYERS[_kind(module)] for _, module in incoming)
     for name, module in incoming:
         if _width(module, 0) != n:
             raise ValueError(f"'{incoming[0][0]}' makes {n} units but '{name}' makes {_width(module, 0)}")
@@ -225,7 +225,7 @@ def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
             raise ValueError(f"'{outgoing[0][0]}' reads {p} columns of each unit but '{name}' reads {other}")
     for name, module in norms:
         shape = _norm_shape(module)
-        of_features = _kind(module) in ("LayerNorm", "RMSNorm")
+        of_features = _kind(module) in _FEATURE_NORMS
         if shape != (n,) and not (of_features and (shape == (n * p,) or (shape[0] == n and len(shape) == 1 + spatial))):
             size = shape[0] if len(shape) == 1 else shape
             raise ValueError(f"{_label(name, module)} normalises {size} features but the group has {n} units")
@@ -239,7 +239,7 @@ def _look_up(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Modu
         return layer
     if not isinstance(layer, str):
         raise TypeError(f"a layer must be given as a module or its name, not as {type(layer).__name__}")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if layer not in modules:
         close = difflib.get_close_matches(layer, modules, n=1)
         raise ValueError(f"the model has no module '{layer}'" + (f"; did you mean '{close[0]}'?" if close else ""))
@@ -250,7 +250,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
     kind = _kind(module)
     if kind in _LAYERS:
         return
-    if kind is not None and kind.startswith("ConvTranspose"):
+    if kind.startswith("ConvTranspose"):
         raise TypeError(f"{_label(name, module)}: transposed convolutions are not supported")
     if isinstance(module, tuple(getattr(nn, layer) for layer in _LAYERS)):
         raise TypeError(f"{_label(name, module)} overrides forward(), so what its weight means is not known")
@@ -338,8 +338,8 @@ class _Tracer(fx.Tracer):
         if self.example_inputs is None:
             bound = signature.bind_partial()
             for name, parameter in signature.parameters.items():
-                optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-                if not optional and parameter.default is parameter.empty:
+                starred = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+                if not starred and parameter.default is parameter.empty:
                     bound.arguments[name] = self.create_proxy("placeholder", name, (), {})
         else:
             inputs = map_aggregate(self.example_inputs, self._placeholder)
@@ -453,6 +453,8 @@ class _Walk:
         self.barred = {name: f"'{name}' is called {n} times in forward()" for name, n in self.calls.items() if n > 1}
         self.units: dict[fx.Node, _Units] = {}
         self.numbers: set[fx.Node] = set()
+        known = (name for name, module in self.modules.items() if _kind(module) in (*_LAYERS, *_NORMS))
+        self.uncalled = [name for name in known if self._caller(name) is None]
         # values that map to the same node have the same first axis
         self.batch: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
@@ -460,27 +462,30 @@ class _Walk:
 
     def refusal(self, group: UnitGroup) -> str | None:
         """Why the layer a group is named after makes no unit group, or None if it does."""
-        name, module = group.name, self.modules[group.name]
-        around = [call for call in self.calls if name.startswith(f"{call}.")]
-        if around:
-            return f"it is inside {_label(around[0], self.modules[around[0]])}, which is not understood"
+        name, caller = group.name, self._caller(group.name)
+        if caller not in (name, None):
+            return f"it is inside {_label(caller, self.modules[caller])}, which is not understood"
         barred = [self.barred[layer] for layer in (name, *group.outgoing, *group.norms) if layer in self.barred]
         try:
-            _check_layer(name, module)
+            _check_layer(name, self.modules[name])
             if barred or name in self.refused:
                 return self.refused.get(name) or barred[0]
             if not group.outgoing:
-                return "no layer reads it" if name in self.calls else "forward() does not call it"
+                return "no layer reads it" if caller else "forward() does not call it"
             resolved = _resolve(self.model, group)
         except (TypeError, ValueError) as error:
             return str(error)
-        # a head for another task, or for the other mode: its columns would be forgotten
+        # the head of another task, or of the other mode: its columns would be forgotten
         sizes = {resolved.num_units, resolved.num_units * resolved.columns_per_unit}
-        for other, module in self.modules.items():
-            known = _kind(module) in (*_LAYERS, *_NORMS)
-            if known and sizes & _sizes(module) and not any(f"{other}.".startswith(f"{call}.") for call in self.calls):
-                return f"{_label(other, module)} is not called here but has its width, and may share its units elsewhere"
+        for other in self.uncalled:
+            if sizes & _sizes(self.modules[other]):
+                label = _label(other, self.modules[other])
+                return f"{label} is not called here but has its width, and may share its units elsewhere"
         return None
+
+    def _caller(self, name: str) -> str | None:
+        """The module by whose call in the trace a module runs: itself, or one that fx does not look into."""
+        return next((call for call in self.calls if f"{name}.".startswith(f"{call}.")), None)
 
     def _visit(self, node: fx.Node) -> None:
         inputs = [n for n in node.all_input_nodes if n not in self.numbers]
@@ -505,7 +510,9 @@ class _Walk:
                 for units in held:
                     self.refused.setdefault(units.layer, str(error))
         if key in _LAYERS:
-            self.units[node] = _Units(str(node.target), _LAYERS[key])
+            units = self.units[node] = _Units(str(node.target), _LAYERS[key])
+            if units.spatial and node in self.shapes and len(self.shapes[node]) != 2 + units.spatial:
+                self.refused[units.layer] = "its input has no batch axis"
         roots = {self.batch[n] for n in inputs}
         keeps_batch = any(key in known for known in (_LAYERS, _NORMS, _ELEMENTWISE)) or bool(_POOL.fullmatch(key))
         if key in _RESHAPES:
@@ -525,13 +532,7 @@ class _Walk:
             self.readers[units.layer].append(str(node.target))
             return
         if key in _NORMS:
-            norm = self.modules[node.target]
-            if key in ("LayerNorm", "RMSNorm"):
-                fits = len(_norm_shape(norm)) == 1 + units.spatial
-            else:
-                # axis 1 is the last one in [batch, features] only
-                fits = units.spatial in _NORMS[key] and (units.spatial > 0 or len(self.shapes.get(source, "BF")) == 2)
-            if not fits:
+            if not self._is_on_units(node, key, source, units):
                 raise ValueError(f"{op} normalises another axis of its output than that of the units")
             self.norms[units.layer].append(str(node.target))
         elif key in _RESHAPES:
@@ -545,6 +546,16 @@ class _Walk:
             raise ValueError(f"its output goes into {op}, which is not understood")
         self.units[node] = units
 
+    def _is_on_units(self, node: fx.Node, key: str, source: fx.Node, units: _Units) -> bool:
+        """Whether a norm works along the axis of the units."""
+        if key in _FEATURE_NORMS:
+            return len(_norm_shape(self.modules[node.target])) == 1 + units.spatial
+        if units.spatial > 0:
+            return key[-2:] == f"{units.spatial}d" or key in ("SyncBatchNorm", "GroupNorm")
+        # axis 1 is the last one in [batch, features] only
+        known = key in ("BatchNorm1d", "SyncBatchNorm", "GroupNorm")
+        return known and (source not in self.shapes or len(self.shapes[source]) == 2)
+
     def _reshape(self, node: fx.Node, key: str, source: fx.Node, units: _Units) -> _Units:
         if self._is_flatten(node, key, source):
             return _Units(units.layer, 0)
@@ -556,8 +567,8 @@ class _Walk:
     def _is_flatten(self, node: fx.Node, key: str, source: fx.Node) -> bool:
         """Whether a reshape flattens all axes but the first."""
         if self.shapes:
-            before = self.shapes[source]
-            return self.shapes[node] == (before[0], before[1:].numel())
+            before, after = (self.shapes.get(n, torch.Size()) for n in (source, node))
+            return after[:1] == before[:1] and after[1:] == (before[1:].numel(),)
         if key == "flatten":
             flatten = self.modules.get(node.target)
             axes = (flatten.start_dim, flatten.end_dim) if flatten else node.args[1:]
@@ -589,7 +600,7 @@ class _Walk:
     def _key(self, node: fx.Node) -> str:
         """Name of the known operation that a node calls, or an empty string."""
         if node.op == "call_module":
-            name = _kind(self.modules[node.target]) or ""
+            name = _kind(self.modules[node.target])
             return name if name in _LAYERS or name in _NORMS else name.lower()
         name = str(getattr(node.target, "__name__", node.target))
         known = any(getattr(space, name, None) is node.target for space in (torch, F, torch._C._nn, operator))
@@ -598,8 +609,6 @@ class _Walk:
     def _describe(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return _label(str(node.target), self.modules[node.target])
-        if node.op == "output":
-            return "the model's output"
         return f"{node.args[1] if node.target is getattr else getattr(node.target, '__name__', node.target)}()"
 
 

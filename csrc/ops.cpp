@@ -95,27 +95,50 @@ int64_t part_start(int64_t rows, int64_t parts, int64_t i) {
   return i == parts ? rows : rows * i / parts / 4 * 4;
 }
 
+// more than any layer takes; what is merged and copied stays small
+constexpr int64_t MAX_AXES = 16;
+
 struct Dim {
   int64_t size, stride;
 };
 
-// dims without those of size 1, the greatest stride first, neighbours in memory merged
-std::vector<Dim> coalesce(std::vector<Dim> dims) {
-  dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& d) { return d.size == 1; }), dims.end());
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
-  std::vector<Dim> out;
-  for (const Dim& d : dims)
-    if (!out.empty() && out.back().stride == d.size * d.stride)
-      out.back() = {out.back().size * d.size, d.stride};
-    else
-      out.push_back(d);
-  return out;
-}
+// The axes of a tensor that are walked together, the greatest stride first; on the stack, since a step has hundreds.
+class Dims {
+ public:
+  // neighbours in memory are merged and axes of size 1 left out, whatever the order of adding
+  void add(Dim d) {
+    if (d.size == 1) return;
+    int at = count_++;
+    for (; at > 0 && dims_[at - 1].stride < d.stride; --at) dims_[at] = dims_[at - 1];
+    dims_[at] = d;
+  }
+  void merge() {
+    int last = 0;
+    for (int i = 1; i < count_; ++i)
+      if (dims_[last].stride == dims_[i].size * dims_[i].stride)
+        dims_[last] = {dims_[last].size * dims_[i].size, dims_[i].stride};
+      else
+        dims_[++last] = dims_[i];
+    if (count_ > 0) count_ = last + 1;
+  }
+  Dim take(int i) {
+    const Dim d = dims_[i];
+    for (--count_; i < count_; ++i) dims_[i] = dims_[i + 1];
+    return d;
+  }
+  int count() const { return count_; }
+  const Dim& operator[](int i) const { return dims_[i]; }
+
+ private:
+  static constexpr int MOST = MAX_AXES;
+  int count_ = 0;
+  Dim dims_[MOST];
+};
 
 // f(offset) for every index of dims
 template <typename F>
-void for_each_offset(const std::vector<Dim>& dims, const F& f, size_t axis = 0, int64_t offset = 0) {
-  if (axis == dims.size()) return f(offset);
+void for_each_offset(const Dims& dims, const F& f, int axis = 0, int64_t offset = 0) {
+  if (axis == dims.count()) return f(offset);
   for (int64_t i = 0; i < dims[axis].size; ++i) for_each_offset(dims, f, axis + 1, offset + i * dims[axis].stride);
 }
 
@@ -124,27 +147,26 @@ struct Activations {
   const char* data;
   ScalarType type;
   int64_t columns, column_stride, samples;
-  std::vector<Dim> dims;
+  Dims dims;
 };
 
 Activations activations_of(const Tensor& h, const Slot& slot) {
   const int64_t dims = h.dim();
   const auto sizes = h.sizes(), strides = h.strides();
   CBP_CHECK(h.is_cpu(), "activations must be on the CPU");
-  CBP_CHECK(slot.spatial == 0 ? dims >= 1 : dims == slot.spatial + 1 || dims == slot.spatial + 2,
+  CBP_CHECK(slot.spatial == 0 ? dims >= 1 && dims <= MAX_AXES : dims == slot.spatial + 1 || dims == slot.spatial + 2,
             "activations have " + std::to_string(dims) + " dimensions, which their layer does not take");
   const int64_t axis = slot.spatial == 0 ? dims - 1 : dims - 1 - slot.spatial;
   CBP_CHECK(sizes[axis] == slot.columns, "activations have " + std::to_string(sizes[axis]) + " features, not " +
                                              std::to_string(slot.columns) + " as at attach");
   Activations a{nullptr, h.scalar_type(), sizes[axis], strides[axis], 1, {}};
   sum_kernels(a.type);
-  std::vector<Dim> rest;
   for (int64_t d = 0; d < dims; ++d)
     if (d != axis) {
       a.samples *= sizes[d];
-      rest.push_back({sizes[d], strides[d]});
+      a.dims.add({sizes[d], strides[d]});
     }
-  a.dims = coalesce(std::move(rest));
+  a.dims.merge();
   a.data = static_cast<const char*>(h.const_data_ptr());
   return a;
 }
@@ -153,16 +175,15 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
 void sum_activations(const Activations& a, Term term, const double* offset, double* out) {
   const SumKernels& kernels = sum_kernels(a.type);
   const int64_t item = element_size(a.type), columns = a.columns, work = a.samples * columns;
-  std::vector<Dim> outer = a.dims;
+  Dims outer = a.dims;
   Dim inner{1, 1};
-  const bool runs = !outer.empty() && columns > 1 && outer.back().stride < a.column_stride;
-  if (!outer.empty()) {
-    // runs along memory where a channel's samples are neighbours, else rows of features
-    auto which = runs ? outer.end() - 1 : std::max_element(outer.begin(), outer.end(), [](const Dim& x, const Dim& y) {
-      return x.size < y.size;
-    });
-    inner = *which;
-    outer.erase(which);
+  const bool runs = outer.count() > 0 && columns > 1 && outer[outer.count() - 1].stride < a.column_stride;
+  if (outer.count() > 0) {
+    // runs along memory where a channel's samples are neighbours, else rows of features, along the longest axis
+    int which = outer.count() - 1;
+    for (int i = 0; !runs && i < outer.count(); ++i)
+      if (outer[i].size > outer[which].size) which = i;
+    inner = outer.take(which);
   }
   if (runs) {
     const int64_t parts = std::min<int64_t>(columns, 64);
@@ -252,7 +273,7 @@ struct WeightView {
   int64_t item, conv_groups, group_stride, major, minor, major_stride, minor_stride, parts;
   bool transposed;          // major is the weight's axis 1
   int64_t column_size = 0;  // of a dense row with kernel positions: column of element i is i / column_size % columns
-  std::vector<Dim> positions;
+  Dims positions;
   double *major_sums, *partial, *rows, *columns;
 
   int64_t major_length() const { return conv_groups * major; }
@@ -271,14 +292,19 @@ WeightView view_of(const Tensor& w, const Weight& record) {
   v.conv_groups = record.conv_groups;
   const int64_t out = sizes[0] / v.conv_groups, in = sizes[1];
   v.group_stride = out * strides[0];
-  std::vector<Dim> kernel;
-  for (int64_t d = 2; d < record.dims; ++d) kernel.push_back({sizes[d], strides[d]});
-  std::vector<Dim> row = kernel;
-  row.push_back({in, strides[1]});
-  row = coalesce(std::move(row));
-  kernel = coalesce(std::move(kernel));
-  if (!kernel.empty() && row.size() == 1 && row[0].stride == 1) {
-    v = {v.data, v.kernels, v.item, v.conv_groups, v.group_stride, out, row[0].size, strides[0], 1, 0, false};
+  Dims kernel, row;
+  for (int64_t d = 2; d < record.dims; ++d) {
+    kernel.add({sizes[d], strides[d]});
+    row.add({sizes[d], strides[d]});
+  }
+  row.add({in, strides[1]});
+  row.merge();
+  kernel.merge();
+  if (kernel.count() > 0 && row.count() == 1 && row[0].stride == 1) {
+    v.major = out;
+    v.minor = row[0].size;
+    v.major_stride = strides[0];
+    v.minor_stride = 1;
     v.column_size = strides[1];
   } else {
     v.transposed = out > 1 && strides[0] < strides[1];
@@ -286,7 +312,7 @@ WeightView view_of(const Tensor& w, const Weight& record) {
     v.minor = v.transposed ? out : in;
     v.major_stride = strides[v.transposed];
     v.minor_stride = strides[!v.transposed];
-    v.positions = std::move(kernel);
+    v.positions = kernel;
   }
   v.parts = parts_of(v.major, v.minor);
   return v;

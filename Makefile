@@ -1,0 +1,76 @@
+# Every target sets up what it needs: a virtual environment, the PyTorch named here, the compiled module. A second run is
+# quick. ARGS goes to the program that a target runs: make demo ARGS="--seeds 2", make test ARGS="-k state".
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
+CSRC := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: help demo bench test test-all gpu sanitize lint format clean FORCE
+
+help:
+	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | clean"
+
+demo: .venv/built
+	$(BIN)/python -m cbp_fast demo $(ARGS)
+
+bench: .venv/built
+	$(BIN)/python -m cbp_fast bench $(ARGS)
+
+test: .venv/built
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+# what test leaves out
+test-all: .venv/built
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(MAKE) sanitize
+
+# one process: the tests share the device
+gpu: .venv/built
+	$(BIN)/pytest -m gpu $(ARGS)
+
+# A second build of the package, in build/sanitize, run under AddressSanitizer and UBSan; for GCC. Python is linked to
+# neither the sanitizer nor the C++ library whose exceptions it watches, so both are loaded ahead of it. What Python
+# leaks at exit is not ours. Python's own flags have -fwrapv, which would hide a signed overflow.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: .venv/built
+	CXX="$(CXX)" CFLAGS="$(SANITIZE) -fno-wrapv" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/python setup.py --quiet build --debug --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
+		$(BIN)/python tests/sanitize_run.py
+
+lint: .venv/tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: .venv/tools
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	rm -rf .venv/built build dist *.egg-info cbp_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The PyTorch in use. The file changes only when TORCH does, and constrains every install: left to itself, pip fetches
+# the newest PyTorch, with gigabytes of CUDA.
+.venv/torch.txt: FORCE | $(BIN)/python
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+.venv/tools: pyproject.toml .venv/torch.txt
+	$(BIN)/pip install --quiet "pip>=25.1"
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	@touch $@
+
+.venv/built: .venv/tools setup.py $(CSRC)
+	$(BIN)/pip install --quiet --constraint .venv/torch.txt --no-build-isolation --editable ".[bench,demo,test]"
+	@touch $@

@@ -1,0 +1,49 @@
+"""`cbp-fast info`: what to paste into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import _C, __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line a fact."""
+    build, sets = _C.build_info(), _C.isa_levels()
+    rest = [name for name in build["instruction_sets"] if name not in sets]
+    for name, value in {
+        **versions(),
+        "system": platform.platform(),
+        "CPU": f"{cpu_name()}, {torch.get_num_threads()} threads in use",
+        "GPU": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none",
+        "built with": f"compiler {build['compiler']}, pybind11 {build['pybind11']}",
+        "instruction set": f"{_C.get_isa()} in use; this CPU runs {', '.join(sets)}"
+        + (f", not {', '.join(rest)}" if rest else ""),
+        "backend cpp": "available, for tensors on the CPU",
+        "backend reference": "available, for every device",
+        "backend triton": "not available: not part of this version; on a GPU the reference runs",
+    }.items():
+        print(f"{name:18} {value}")
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result or a time."""
+    return {"cbp_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def cpu_name() -> str:
+    """The CPU's model, as well as the system tells it."""
+    # platform.processor() is empty or "x86_64" on Linux
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Two streams on which plain backprop loses plasticity: permuted digits and slowly-changing regression."""

@@ -1,0 +1,227 @@
+"""`CBPLinear` and `CBPConv`: continual backpropagation as layers that stand between the two layers of a group."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .engine import Engine
+from .rules import Rule
+from .unit_groups import UnitGroup, resolve
+
+# layers that saw a forward, in the order of their first one
+_layers: list[weakref.ref[_CBPLayer]] = []
+_numbers = itertools.count()
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """One step of all layers whose units this optimizer trains: every choice first, then what is re-initialised."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _layers[:] = [ref for ref in _layers if ref() is not None]
+    layers = [layer for layer in (ref() for ref in _layers) if layer is not None and id(layer._weight) in trained]
+    chosen = []
+    try:
+        for layer in layers:
+            chosen.append(layer._engine.select())
+    except Exception:
+        for layer in layers[: len(chosen)]:
+            layer._engine.restore()
+        raise
+    for layer, count in zip(layers, chosen, strict=True):
+        if count:
+            layer._engine.reinit([optimizer])
+        layer._engine.finish()
+
+
+class _CBPLayer(nn.Module):
+    """What the two layers share; the group is `gnt`'s, and steps follow the optimizer that trains `in_layer`."""
+
+    _hooked = False
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module | None],
+        num_last_filter_outputs: int | None,
+        replacement_rate: float,
+        maturity_threshold: float,
+        init: str,
+        act_type: str,
+        util_type: str,
+        decay_rate: float,
+    ) -> None:
+        super().__init__()
+        present = nn.ModuleDict({name: layer for name, layer in layers.items() if layer is not None})
+        norms = [name for name in present if name.endswith(("ln_layer", "bn_layer"))]
+        resolved = resolve(present, UnitGroup(type(self).__name__, ["in_layer"], ["out_layer"], norms))
+        if num_last_filter_outputs is not None and resolved.columns_per_unit != num_last_filter_outputs:
+            raise ValueError(
+                f"num_last_filter_outputs is {num_last_filter_outputs}, but out_layer reads "
+                f"{resolved.columns_per_unit} columns of each unit"
+            )
+        # a layer does not know its name in the model, so its number among all layers makes its random stream its own
+        seed = (torch.initial_seed() + next(_numbers) * 0x9E3779B97F4A7C15) % 2**64
+        # an Engine is no Module, so the layers it refers to are not listed a second time in the model's parameters
+        self._engine = Engine(
+            Rule.gnt(utility=util_type, init=init, act=act_type),
+            [resolved],
+            replacement_rate=replacement_rate,
+            maturity_threshold=maturity_threshold,
+            decay_rate=decay_rate,
+            backend=None,
+            capture="auto",
+            seed=seed,
+        )
+        self._known = 0
+        if not _CBPLayer._hooked:
+            register_optimizer_step_post_hook(_after_optimizer_step)
+            _CBPLayer._hooked = True
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._engine.state.regions[0].ref.get()
+
+    @property
+    def utility(self) -> Tensor:
+        """Running utility of the units, a view [N] of the state."""
+        return self._engine.state.utility
+
+    @property
+    def age(self) -> Tensor:
+        """Steps since each unit was replaced: an int32 view [N] of the state."""
+        return self._engine.state.age
+
+    @property
+    def num_replaced(self) -> int:
+        """Units replaced so far."""
+        return int(self._engine.state.num_replaced)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, and observe it while training."""
+        if self.training and torch.is_grad_enabled():
+            # a copy of a layer has the number of its original, and is known from its own first forward on
+            if self._known != id(self):
+                self._known = id(self)
+                _layers.append(weakref.ref(self))
+            engine = self._engine
+            flattened = engine.state.slots[0].spatial == 0 and engine.state.layouts[0].columns_per_unit > 1
+            engine.record(0, x.flatten(1) if flattened else x)
+        return x
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Ages, utilities and the like, for the model's `state_dict`."""
+        return self._engine.state_dict()
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take them from a model's `state_dict`."""
+        self._engine.load_state_dict(state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # the state follows the model from device to device; its types are its own
+        device = fn(torch.empty(0, device=self._engine.state.buffer.device)).device
+        if device != self._engine.state.buffer.device:
+            self._engine.to(device)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        rule, hyper = self._engine.state.rule, self._engine.hyper
+        numbers = ", ".join(f"{name}={value:g}" for name, value in hyper.items())
+        return f"units={self._engine.state.layouts[0].num_units}, utility={rule.utility}, init={rule.init}, {numbers}"
+
+
+class CBPLinear(_CBPLayer):
+    """Continual backpropagation of the units between two linear layers; place it where `out_layer` reads them.
+
+    Constructor and placement are those of the authors' layer of this name (Dohare et al., Nature 632, 2024). Theirs
+    re-initialises inside the backward pass, before the optimizer steps; this one after the step, with the optimizer's
+    state of what was re-initialised set to zero.
+
+    Args:
+        in_layer: the linear layer that makes the N units.
+        out_layer: the linear layer that reads them.
+        ln_layer, bn_layer: norms over the units in between, reset with a unit.
+        replacement_rate: share of the mature units that is replaced each step.
+        maturity_threshold: steps for which a new unit is protected.
+        init: distribution of new incoming weights: "kaiming", "default", "xavier", "lecun" or "normal".
+        act_type: activation whose gain `init` uses.
+        util_type: a utility of `Rule.gnt`.
+        decay_rate: of the running utility; 0 uses the present one.
+
+    Raises:
+        TypeError, ValueError: layers of another kind or of widths that do not fit, numbers out of range.
+
+    Example:
+        >>> self.fc1, self.fc2 = nn.Linear(784, 256), nn.Linear(256, 10)
+        >>> self.cbp1 = CBPLinear(self.fc1, self.fc2)
+        >>> # in forward: self.fc2(self.cbp1(self.fc1(x).relu()))
+    """
+
+    def __init__(
+        self,
+        in_layer: nn.Linear,
+        out_layer: nn.Linear,
+        ln_layer: nn.LayerNorm | None = None,
+        bn_layer: nn.BatchNorm1d | None = None,
+        replacement_rate: float = 1e-4,
+        maturity_threshold: float = 100,
+        init: str = "kaiming",
+        act_type: str = "relu",
+        util_type: str = "contribution",
+        decay_rate: float = 0.0,
+    ) -> None:
+        layers = {"in_layer": in_layer, "out_layer": out_layer, "ln_layer": ln_layer, "bn_layer": bn_layer}
+        super().__init__(layers, None, replacement_rate, maturity_threshold, init, act_type, util_type, decay_rate)
+
+
+class CBPConv(_CBPLayer):
+    """Continual backpropagation of a convolution's channels; place it where `out_layer` reads them, before a flatten.
+
+    As `CBPLinear`, with `out_layer` a convolution, or a linear layer that reads the flattened feature map.
+
+    Args:
+        in_layer: the convolution that makes the N channels.
+        out_layer: the layer that reads them.
+        ln_layer, bn_layer: norms over the channels in between, reset with a channel.
+        num_last_filter_outputs: positions of a channel in the flattened map, for a linear `out_layer`; else 1.
+        replacement_rate: share of the mature channels that is replaced each step.
+        maturity_threshold: steps for which a new channel is protected.
+        init: as of `CBPLinear`; convolutions are always drawn as PyTorch draws them, except for "normal".
+        act_type: activation whose gain `init` uses.
+        util_type: a utility of `Rule.gnt`.
+        decay_rate: of the running utility; 0 uses the present one.
+
+    Raises:
+        TypeError, ValueError: layers of another kind or of widths that do not fit, numbers out of range.
+    """
+
+    def __init__(
+        self,
+        in_layer: nn.Module,
+        out_layer: nn.Module,
+        ln_layer: nn.LayerNorm | None = None,
+        bn_layer: nn.Module | None = None,
+        num_last_filter_outputs: int = 1,
+        replacement_rate: float = 1e-5,
+        maturity_threshold: float = 1000,
+        init: str = "kaiming",
+        act_type: str = "relu",
+        util_type: str = "contribution",
+        decay_rate: float = 0.0,
+    ) -> None:
+        layers = {"in_layer": in_layer, "out_layer": out_layer, "ln_layer": ln_layer, "bn_layer": bn_layer}
+        super().__init__(
+            layers,
+            num_last_filter_outputs,
+            replacement_rate,
+            maturity_threshold,
+            init,
+            act_type,
+            util_type,
+            decay_rate,
+        )
