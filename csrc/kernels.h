@@ -19,7 +19,8 @@ CBP_INLINE uint32_t widen(Float16 x) {
 
 // n elements of x, `stride` apart, as the type that sums run in; a dense run of that type is not copied
 template <typename T>
-CBP_INLINE const Wide<T>* fetch(const T* x, int64_t stride, int64_t n, Wide<T>* buffer) {
+const Wide<T>* fetch(const void* from, int64_t stride, int64_t n, Wide<T>* buffer) {
+  const T* x = static_cast<const T*>(from);
   if constexpr (std::is_same_v<T, Wide<T>>) {
     if (stride == 1) return x;
     for (int64_t i = 0; i < n; ++i) buffer[i] = x[i * stride];
@@ -37,6 +38,18 @@ CBP_INLINE const Wide<T>* fetch(const T* x, int64_t stride, int64_t n, Wide<T>* 
   }
   return buffer;
 }
+
+// A matrix or vector of any type as the sums see it: runs of A, fetched. Not a template over the type, which would only
+// be compiled over and over.
+template <typename A>
+struct Source {
+  const char* data;
+  int64_t item;
+  const A* (*fetch)(const void*, int64_t, int64_t, A*);
+  const A* run(int64_t at, int64_t stride, int64_t n, A* buffer) const {
+    return fetch(data + at * item, stride, n, buffer);
+  }
+};
 
 #if defined(__GNUC__)
 // abs of every lane: the sign bit cleared
@@ -112,19 +125,19 @@ CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, 
 //
 // Reads x once, in blocks of columns whose sums stay in the first cache, and passes partial sums of at most SPAN rows
 // on to double. `offset` [n] is for Term::kDistance. Either result may be left out.
-template <typename T, Term TERM, bool ROWS, bool COLUMNS>
-void sum_matrix(const T* x, int64_t num_rows, int64_t n, int64_t row_stride, int64_t stride, const double* offset,
-                double* rows, double* columns) {
-  using A = Wide<T>;
-  constexpr int64_t BLOCK = std::is_same_v<T, A> ? 2048 : 1024, SPAN = 512;
-  alignas(64) A column[BLOCK], shift[BLOCK], copy[4][BLOCK];
-  for (int64_t start = 0; start < n; start += BLOCK) {
-    const int64_t width = n - start < BLOCK ? n - start : BLOCK;
+template <typename A, Term TERM, bool ROWS, bool COLUMNS>
+void sum_matrix(const Source<A>& x, int64_t num_rows, int64_t n, int64_t row_stride, int64_t stride,
+                const double* offset, double* rows, double* columns) {
+  // four copied rows and their sums fit the first cache, too
+  constexpr int64_t MOST = 2048, SPAN = 512;
+  const int64_t block = x.item == sizeof(A) ? MOST : MOST / 2;
+  alignas(64) A column[MOST], shift[MOST], copy[4][MOST];
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t width = n - start < block ? n - start : block;
     if constexpr (TERM == Term::kDistance)
       for (int64_t i = 0; i < width; ++i) shift[i] = static_cast<A>(offset[start + i]);
-    const auto row = [&](int64_t r, A* buffer) CBP_LAMBDA_INLINE {
-      return fetch(x + r * row_stride + start * stride, stride, width, buffer);
-    };
+    const auto row = [&](int64_t r, A* buffer)
+                         CBP_LAMBDA_INLINE { return x.run(r * row_stride + start * stride, stride, width, buffer); };
     for (int64_t first = 0; first < num_rows; first += SPAN) {
       const int64_t last = num_rows - first < SPAN ? num_rows : first + SPAN;
       int64_t r = first;
@@ -144,23 +157,22 @@ void sum_matrix(const T* x, int64_t num_rows, int64_t n, int64_t row_stride, int
 }
 
 // sum_i term(x[i]) of one run, in double; partial sums of at most BLOCK elements
-template <typename T, Term TERM>
-double sum_vector(const T* x, int64_t n, int64_t stride, double offset) {
-  using A = Wide<T>;
+template <typename A, Term TERM>
+double sum_vector(const Source<A>& x, int64_t n, int64_t stride, double offset) {
   constexpr int64_t BLOCK = 2048;
   alignas(64) A copy[BLOCK];
   double total = 0;
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t width = n - start < BLOCK ? n - start : BLOCK;
-    const A* const one[] = {fetch(x + start * stride, stride, width, copy)};
+    const A* const one[] = {x.run(start * stride, stride, width, copy)};
     const A shift = static_cast<A>(offset);
     add_rows<TERM, 1, true, false>(one, &shift, &total, static_cast<A*>(nullptr), width);
   }
   return total;
 }
 
-// The random words of the elements 4 * block ... 4 * block + 4 * BLOCKS - 1: Philox4x32-10 (Salmon et al., SC 2011) with
-// key = seed and counter = (block low, block high, step, stream).
+// The random words of the elements 4 * block ... 4 * block + 4 * BLOCKS - 1: Philox4x32-10 (Salmon et al., SC 2011)
+// with key = seed and counter = (block low, block high, step, stream).
 constexpr int BLOCKS = 8;
 CBP_INLINE void philox(uint64_t seed, uint32_t step, uint32_t stream, uint64_t block, uint32_t (&word)[4 * BLOCKS]) {
   uint32_t c0[BLOCKS], c1[BLOCKS], c2[BLOCKS], c3[BLOCKS];
@@ -201,32 +213,50 @@ void uniform(uint64_t seed, uint32_t step, uint32_t stream, uint64_t first, int6
   }
 }
 
+template <typename A>
+void sum_weight(const Source<A>& x, int64_t m, int64_t n, int64_t rs, int64_t s, double* rows, double* columns) {
+  if (rows && columns)
+    sum_matrix<A, Term::kMagnitude, true, true>(x, m, n, rs, s, nullptr, rows, columns);
+  else if (rows)
+    sum_matrix<A, Term::kMagnitude, true, false>(x, m, n, rs, s, nullptr, rows, nullptr);
+  else
+    sum_matrix<A, Term::kMagnitude, false, true>(x, m, n, rs, s, nullptr, nullptr, columns);
+}
+
+template <typename A>
+void sum_columns(const Source<A>& x, Term term, int64_t m, int64_t n, int64_t rs, int64_t s, const double* offset,
+                 double* columns) {
+  if (term == Term::kMagnitude)
+    sum_matrix<A, Term::kMagnitude, false, true>(x, m, n, rs, s, nullptr, nullptr, columns);
+  else if (term == Term::kValue)
+    sum_matrix<A, Term::kValue, false, true>(x, m, n, rs, s, nullptr, nullptr, columns);
+  else
+    sum_matrix<A, Term::kDistance, false, true>(x, m, n, rs, s, offset, nullptr, columns);
+}
+
+template <typename A>
+double sum_run(const Source<A>& x, Term term, int64_t n, int64_t s, double offset) {
+  if (term == Term::kMagnitude) return sum_vector<A, Term::kMagnitude>(x, n, s, 0);
+  if (term == Term::kValue) return sum_vector<A, Term::kValue>(x, n, s, 0);
+  return sum_vector<A, Term::kDistance>(x, n, s, offset);
+}
+
+template <typename T>
+Source<Wide<T>> source(const void* data) {
+  return {static_cast<const char*>(data), sizeof(T), fetch<T>};
+}
+
 template <typename T>
 constexpr SumKernels sum_kernels() {
   return {
       [](const void* x, int64_t m, int64_t n, int64_t rs, int64_t s, double* rows, double* columns) {
-        const T* p = static_cast<const T*>(x);
-        if (rows && columns)
-          sum_matrix<T, Term::kMagnitude, true, true>(p, m, n, rs, s, nullptr, rows, columns);
-        else if (rows)
-          sum_matrix<T, Term::kMagnitude, true, false>(p, m, n, rs, s, nullptr, rows, nullptr);
-        else
-          sum_matrix<T, Term::kMagnitude, false, true>(p, m, n, rs, s, nullptr, nullptr, columns);
+        sum_weight(source<T>(x), m, n, rs, s, rows, columns);
       },
       [](Term term, const void* x, int64_t m, int64_t n, int64_t rs, int64_t s, const double* offset, double* columns) {
-        const T* p = static_cast<const T*>(x);
-        if (term == Term::kMagnitude)
-          sum_matrix<T, Term::kMagnitude, false, true>(p, m, n, rs, s, nullptr, nullptr, columns);
-        else if (term == Term::kValue)
-          sum_matrix<T, Term::kValue, false, true>(p, m, n, rs, s, nullptr, nullptr, columns);
-        else
-          sum_matrix<T, Term::kDistance, false, true>(p, m, n, rs, s, offset, nullptr, columns);
+        sum_columns(source<T>(x), term, m, n, rs, s, offset, columns);
       },
       [](Term term, const void* x, int64_t n, int64_t s, double offset) {
-        const T* p = static_cast<const T*>(x);
-        if (term == Term::kMagnitude) return sum_vector<T, Term::kMagnitude>(p, n, s, 0);
-        if (term == Term::kValue) return sum_vector<T, Term::kValue>(p, n, s, 0);
-        return sum_vector<T, Term::kDistance>(p, n, s, offset);
+        return sum_run(source<T>(x), term, n, s, offset);
       },
   };
 }

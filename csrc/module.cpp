@@ -54,7 +54,8 @@ std::vector<float> philox_uniform(uint64_t seed, uint32_t step, uint32_t stream,
 PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &isa_levels, "Instruction sets this CPU can run, the least first.");
   m.def("get_isa", [] { return cbp::active->name; }, "The instruction set in use.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set, for all threads; the results are the same.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Use another instruction set, for all threads; the results are the same.");
   m.def("build_info", &build_info, "Compiler, pybind11 and the instruction sets compiled.");
   m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("step"), py::arg("stream"), py::arg("first"),
         py::arg("n"), "U[0, 1) draws of elements first ... first + n - 1 of a random stream.");

@@ -31,11 +31,16 @@ using torch::stable::Tensor;
 
 const SumKernels& sum_kernels(ScalarType type) {
   switch (type) {
-    case ScalarType::Half: return active->kernels->float16;
-    case ScalarType::BFloat16: return active->kernels->bfloat16;
-    case ScalarType::Float: return active->kernels->float32;
-    case ScalarType::Double: return active->kernels->float64;
-    default: throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
+    case ScalarType::Half:
+      return active->kernels->float16;
+    case ScalarType::BFloat16:
+      return active->kernels->bfloat16;
+    case ScalarType::Float:
+      return active->kernels->float32;
+    case ScalarType::Double:
+      return active->kernels->float64;
+    default:
+      throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
   }
 }
 
@@ -468,16 +473,21 @@ Target target_of(const Tensor& t, const Region& region) {
 template <typename F>
 void dispatch(ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Half: return f(torch::headeronly::Half{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      throw std::runtime_error("cbp_fast: only float16, bfloat16, float32 and float64 are supported");
   }
 }
 
-// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two tensors:
-// the bias, and the weight that reads the units.
+// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two
+// tensors: the bias, and the weight that reads the units.
 void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vector<int64_t> numbers) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
