@@ -68,9 +68,35 @@ CBP_INLINE A term(A x, A offset) {
   return std::abs(x);
 }
 
+#if defined(__GNUC__)
+template <typename A, int WIDTH>
+using Run __attribute__((vector_size(WIDTH * sizeof(A)), aligned(alignof(A)), may_alias)) = A;
+#endif
+
+// sum of the lanes, by halves
+template <typename A>
+CBP_INLINE A fold(A* lane) {
+  static_assert(LANES == 16);
+#if defined(__GNUC__)
+  *reinterpret_cast<Run<A, 8>*>(lane) += *reinterpret_cast<Run<A, 8>*>(lane + 8);
+  *reinterpret_cast<Run<A, 4>*>(lane) += *reinterpret_cast<Run<A, 4>*>(lane + 4);
+#else
+  for (int width = 8; width > 2; width /= 2)
+    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+#endif
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+// sum of eight terms, or the only one
+template <typename V, int R>
+CBP_INLINE V tree(const V (&t)[R]) {
+  if constexpr (R == 8) return ((t[0] + t[1]) + (t[2] + t[3])) + ((t[4] + t[5]) + (t[6] + t[7]));
+  return t[0];
+}
+
 // For R rows of n elements: rows[r] += sum_i term(x[r][i]) and column[i] += sum_r term(x[r][i]). Reads x once.
 //
-// Four rows at a time are four streams from memory, which one core reads a third faster than a single one.
+// Eight rows at a time are eight streams from memory, which one core reads half as fast again as a single one.
 // With COLUMNS the offset of Term::kDistance is one a column, else offset[0] alone.
 template <Term TERM, int R, bool ROWS, bool COLUMNS, typename A>
 CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, A* column, int64_t n) {
@@ -80,14 +106,14 @@ CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, 
   // spelled out in vectors, since compilers keep an array of lanes in memory
   constexpr int WIDTH = CBP_VECTOR_BYTES / sizeof(A), COUNT = LANES / WIDTH;
   typedef A Vector __attribute__((vector_size(CBP_VECTOR_BYTES), may_alias));
-  typedef A Unaligned __attribute__((vector_size(CBP_VECTOR_BYTES), aligned(alignof(A)), may_alias));
+  using Unaligned = Run<A, WIDTH>;
   Vector sum[R][COUNT] = {};
   for (; i + LANES <= n; i += LANES)
 #pragma GCC unroll 16
     for (int v = 0; v < COUNT; ++v) {
       const int64_t at = i + v * WIDTH;
       Vector t[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         t[r] = *reinterpret_cast<const Unaligned*>(x[r] + at);
         if constexpr (TERM == Term::kDistance && COLUMNS) t[r] -= *reinterpret_cast<const Unaligned*>(offset + at);
@@ -95,10 +121,7 @@ CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, 
         if constexpr (TERM != Term::kValue) t[r] = magnitude(t[r]);
         if constexpr (ROWS) sum[r][v] += t[r];
       }
-      if constexpr (COLUMNS && R == 4)
-        *reinterpret_cast<Unaligned*>(column + at) += (t[0] + t[1]) + (t[2] + t[3]);
-      else if constexpr (COLUMNS)
-        *reinterpret_cast<Unaligned*>(column + at) += t[0];
+      if constexpr (COLUMNS) *reinterpret_cast<Unaligned*>(column + at) += tree(t);
     }
   if constexpr (ROWS) std::memcpy(lane, sum, sizeof lane);
 #endif
@@ -108,17 +131,10 @@ CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, 
       t[r] = term<TERM>(x[r][i], TERM == Term::kDistance ? offset[COLUMNS ? i : 0] : A(0));
       if constexpr (ROWS) lane[r][i % LANES] += t[r];
     }
-    if constexpr (COLUMNS && R == 4)
-      column[i] += (t[0] + t[1]) + (t[2] + t[3]);
-    else if constexpr (COLUMNS)
-      column[i] += t[0];
+    if constexpr (COLUMNS) column[i] += tree(t);
   }
   if constexpr (ROWS)
-    for (int r = 0; r < R; ++r) {
-      for (int width = LANES / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; ++l) lane[r][l] += lane[r][l + width];
-      rows[r] += lane[r][0];
-    }
+    for (int r = 0; r < R; ++r) rows[r] += fold(lane[r]);
 }
 
 // rows[r] += sum_i term(x[r, i]) and columns[i] += sum_r term(x[r, i]), in double, over x [num_rows, n].
@@ -128,10 +144,10 @@ CBP_INLINE void add_rows(const A* const (&x)[R], const A* offset, double* rows, 
 template <typename A, Term TERM, bool ROWS, bool COLUMNS>
 void sum_matrix(const Source<A>& x, int64_t num_rows, int64_t n, int64_t row_stride, int64_t stride,
                 const double* offset, double* rows, double* columns) {
-  // four copied rows and their sums fit the first cache, too
-  constexpr int64_t MOST = 2048, SPAN = 512;
-  const int64_t block = x.item == sizeof(A) ? MOST : MOST / 2;
-  alignas(64) A column[MOST], shift[MOST], copy[4][MOST];
+  // what is read in place comes from memory once; eight copied rows and their sums must fit the first cache
+  constexpr int64_t IN_PLACE = 2048, COPIED = 512, SPAN = 512;
+  const int64_t block = x.item == sizeof(A) && stride == 1 ? IN_PLACE : COPIED;
+  alignas(64) A column[IN_PLACE], shift[IN_PLACE], copy[8][COPIED];
   for (int64_t start = 0; start < n; start += block) {
     const int64_t width = n - start < block ? n - start : block;
     if constexpr (TERM == Term::kDistance)
@@ -142,9 +158,10 @@ void sum_matrix(const Source<A>& x, int64_t num_rows, int64_t n, int64_t row_str
       const int64_t last = num_rows - first < SPAN ? num_rows : first + SPAN;
       int64_t r = first;
       if constexpr (COLUMNS) std::memset(column, 0, width * sizeof(A));
-      for (; r + 4 <= last; r += 4) {
-        const A* const four[] = {row(r, copy[0]), row(r + 1, copy[1]), row(r + 2, copy[2]), row(r + 3, copy[3])};
-        add_rows<TERM, 4, ROWS, COLUMNS>(four, shift, rows + r, column, width);
+      for (; r + 8 <= last; r += 8) {
+        const A* eight[8];
+        for (int i = 0; i < 8; ++i) eight[i] = row(r + i, copy[i]);
+        add_rows<TERM, 8, ROWS, COLUMNS>(eight, shift, rows + r, column, width);
       }
       for (; r < last; ++r) {
         const A* const one[] = {row(r, copy[0])};

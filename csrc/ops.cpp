@@ -93,15 +93,15 @@ void for_each(int64_t n, int64_t elements, const F& task) {
 // into how many parts a sum over `rows` rows of `n` is split, whatever the number of threads
 int64_t parts_of(int64_t rows, int64_t n) {
   constexpr int64_t MOST = 16, LEAST_ELEMENTS = 1 << 15;
-  return std::max<int64_t>(1, std::min({MOST, rows * n / LEAST_ELEMENTS, rows / 4}));
+  return std::max<int64_t>(1, std::min({MOST, rows * n / LEAST_ELEMENTS, rows / 8}));
 }
 int64_t part_start(int64_t rows, int64_t parts, int64_t i) {
-  // whole groups of four rows but for the last part
-  return i == parts ? rows : rows * i / parts / 4 * 4;
+  // whole groups of eight rows but for the last part
+  return i == parts ? rows : rows * i / parts / 8 * 8;
 }
 
 // more than any layer takes; what is merged and copied stays small
-constexpr int64_t MAX_AXES = 16;
+constexpr int64_t MAX_AXES = 8;
 
 struct Dim {
   int64_t size, stride;

@@ -26,16 +26,29 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     const double seen = static_cast<double>(f.seen[s]);
     if (seen == 0) continue;
     samples += seen;
-    const double* activation = h.activation ? f.sums + slot.first_column : nullptr;
-    const double* weight = h.outgoing ? sums.columns[slot.weight] : nullptr;
     // clarena has one mean over all readers: sums first, one division at the end
     const double divisor = h.incoming_use == 1 ? 1.0 : seen;
-    for (int64_t j = 0, c = 0; j < n; ++j) {
-      double total = 0;
-      for (int64_t p = 0; p < per_unit; ++p, ++c)
-        total += (activation ? activation[c] / divisor : 1.0) * (weight ? weight[c] : 1.0);
-      y[j] += total;
-    }
+    const double* activation = f.sums + slot.first_column;
+    const double* weight = h.outgoing ? sums.columns[slot.weight] : nullptr;
+    const auto add = [&](const auto& term) {
+      if (per_unit == 1) {
+        for (int64_t j = 0; j < n; ++j) y[j] += term(j);
+        return;
+      }
+      for (int64_t j = 0, c = 0; j < n; ++j) {
+        double total = 0;
+        for (int64_t p = 0; p < per_unit; ++p, ++c) total += term(c);
+        y[j] += total;
+      }
+    };
+    if (h.activation && weight)
+      add([&](int64_t c) { return activation[c] / divisor * weight[c]; });
+    else if (h.activation)
+      add([&](int64_t c) { return activation[c] / divisor; });
+    else if (weight)
+      add([&](int64_t c) { return weight[c]; });
+    else
+      add([](int64_t) { return 1.0; });
     int64_t numel = 1;
     if (h.outgoing)
       for (const int64_t size : plan.weights[slot.weight].size) numel *= size;
@@ -70,26 +83,34 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
   const int64_t n = group.units;
   U* utility = static_cast<U*>(f.utility) + group.first_unit;
   int32_t* age = f.age + group.first_unit;
-  const U infinity = std::numeric_limits<U>::infinity();
+  constexpr U infinity = std::numeric_limits<U>::infinity();
+  // branches would keep these loops from being vector code: what is not finite is masked
+  const auto finite = [](U x) { return std::abs(x) < infinity; };
   U low = infinity, high = -infinity;
-  for (int64_t j = 0; j < n; ++j) {
-    now[j] = static_cast<U>(y[j]);
-    if (h.min_max && std::isfinite(now[j])) {
-      low = std::min(low, now[j]);
-      high = std::max(high, now[j]);
+  for (int64_t j = 0; j < n; ++j) now[j] = static_cast<U>(y[j]);
+  if (h.min_max) {
+    for (int64_t j = 0; j < n; ++j) {
+      low = finite(now[j]) && now[j] < low ? now[j] : low;
+      high = finite(now[j]) && now[j] > high ? now[j] : high;
     }
+    const U range = high - low + static_cast<U>(1e-8);
+    // a value that is not finite stays so
+    for (int64_t j = 0; j < n; ++j) now[j] = finite(now[j]) ? (now[j] - low) / range : now[j];
   }
+  if (h.score == 2)
+    for (int64_t j = 0; j < n; ++j) now[j] = finite(now[j]) ? U(0) : now[j];
   const U decay = static_cast<U>(*f.decay), rest = static_cast<U>(1.0 - *f.decay);
-  const U range = high - low + static_cast<U>(1e-8);
-  int64_t eligible = 0;
+  // ages are whole numbers
+  const int32_t maturity = static_cast<int32_t>(std::min(std::floor(*f.maturity), 2147483647.0));
+  int32_t mature = 0;
   for (int64_t j = 0; j < n; ++j) {
-    if (std::isfinite(now[j])) {
-      const U value = h.score == 2 ? U(0) : h.min_max ? (now[j] - low) / range : now[j];
-      utility[j] = decay * utility[j] + rest * value;
-      ++age[j];
-    }
-    eligible += age[j] > *f.maturity;
+    const bool moves = finite(now[j]);
+    const U decayed = decay * utility[j] + rest * now[j];
+    utility[j] = moves ? decayed : utility[j];
+    age[j] += moves;
+    mature += age[j] > maturity;
   }
+  const int64_t eligible = mature;
 
   const uint64_t seed = static_cast<uint64_t>(*f.seed);
   const uint32_t step = static_cast<uint32_t>(*f.step), stream = static_cast<uint32_t>(group.stream);
@@ -110,7 +131,7 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
     BiasCorrection correction(*f.decay);
     int64_t candidates = 0;
     for (int64_t j = 0; j < n; ++j) {
-      if (!(age[j] > *f.maturity)) continue;
+      if (age[j] <= maturity) continue;
       const double divisor = h.score == 1 ? age[j] : correction(age[j]);
       const U score = h.score == 2 ? static_cast<U>(random[j]) : static_cast<U>(utility[j] / divisor);
       if (!std::isfinite(score)) continue;
