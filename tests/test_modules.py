@@ -1,0 +1,195 @@
+"""`CBPLinear` and `CBPConv` as layers in a network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cbp_fast import CBPConv, CBPLinear, ContinualBackprop, Rule
+
+EAGER = dict(replacement_rate=0.05, maturity_threshold=5)
+
+
+class Net(nn.Module):
+    """The authors' placement: each layer where the next one reads, the last convolution's before the flatten."""
+
+    def __init__(self, **options):
+        super().__init__()
+        options = EAGER | options
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3)
+        self.fc1, self.norm3 = nn.Linear(32, 16), nn.LayerNorm(16)
+        self.fc2 = nn.Linear(16, 3)
+        self.cbp1 = CBPConv(self.conv1, self.conv2, bn_layer=self.norm1, **options)
+        self.cbp2 = CBPConv(self.conv2, self.fc1, num_last_filter_outputs=4, **options)
+        self.cbp3 = CBPLinear(self.fc1, self.fc2, ln_layer=self.norm3, **options)
+
+    def forward(self, x):
+        x = self.cbp1(self.norm1(self.conv1(x)).relu())
+        x = self.cbp2(nn.functional.max_pool2d(self.conv2(x).relu(), 2)).flatten(1)
+        return self.fc2(self.cbp3(self.norm3(self.fc1(x)).relu()))
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        loss = (model(torch.randn(4, 3, 8, 8, generator=generator)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def layers(model):
+    return [model.cbp1, model.cbp2, model.cbp3]
+
+
+@pytest.fixture
+def trained():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 30)
+    return model, optimizer
+
+
+def test_forward_is_identity():
+    layer = CBPLinear(nn.Linear(4, 5), nn.Linear(5, 2))
+    x = torch.randn(3, 5, requires_grad=True)
+    assert layer(x) is x
+
+
+def test_all_layers_replace_units(trained):
+    model, _ = trained
+    # 30 steps of which the first 5 have nothing mature
+    assert all(layer.num_replaced >= 0.05 * 5 * 20 for layer in layers(model))
+
+
+def test_weights_are_listed_once_in_the_state_dict():
+    keys = [key for key in Net().state_dict() if not key.startswith("cbp")]
+    assert len(keys) == len(set(keys)) == 15
+    assert {key for key in Net().state_dict() if key.startswith("cbp")} == {f"cbp{i}._extra_state" for i in (1, 2, 3)}
+    assert sum(1 for _ in Net().parameters()) == 12
+
+
+# the scores of "random" are random, and a layer draws from a stream of its own
+@pytest.mark.parametrize("utility", sorted(set(Rule.UTILITIES) - {"random"}))
+def test_same_choices_and_resets_as_the_attached_object(utility):
+    """One layer of each kind is the attached object with its one group, but for the random numbers."""
+
+    def run(layer):
+        torch.manual_seed(1)
+        fc1, fc2 = nn.Linear(6, 9), nn.Linear(9, 2)
+        options = dict(replacement_rate=0.1, maturity_threshold=3, decay_rate=0.5)
+        if layer:
+            cbp = CBPLinear(fc1, fc2, util_type=utility, **options)
+            model = nn.Sequential(fc1, nn.ReLU(), cbp, fc2)
+        else:
+            model = nn.Sequential(fc1, nn.ReLU(), nn.Identity(), fc2)
+            cbp = ContinualBackprop(model, rule=Rule.gnt(utility=utility), **options)
+        # without learning or new weights in play, the choice depends on the features alone
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        steps = []
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            model(torch.randn(8, 6, generator=generator)).sum().backward()
+            optimizer.step()
+            if not layer:
+                cbp.step()
+            fc1.weight.data.fill_(0.25).mul_(torch.arange(1, 10.0)[:, None])
+            fc2.weight.data.fill_(0.5)
+            steps.append((cbp.age if layer else cbp.age["0"]).tolist())
+        return steps
+
+    assert run(layer=True) == run(layer=False)
+
+
+def test_optimizer_state_of_replaced_units_is_zero():
+    torch.manual_seed(0)
+    fc1, fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
+    model = nn.Sequential(fc1, nn.ReLU(), CBPLinear(fc1, fc2, replacement_rate=1.0, maturity_threshold=3), fc2)
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(4):
+        loss = model(torch.randn(5, 4)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        zero = not optimizer.state[fc1.weight]["exp_avg_sq"].any()
+        assert zero == (step == 3)
+    assert not optimizer.state[fc2.weight]["exp_avg"].any()
+    assert optimizer.state[fc2.bias]["exp_avg"].any()
+
+
+def test_no_step_without_a_forward_or_for_another_optimizer(trained):
+    model, optimizer = trained
+    before = [layer.age.clone() for layer in layers(model)]
+    optimizer.step()
+    other = nn.Linear(2, 2)
+    model(torch.randn(4, 3, 8, 8))
+    other(torch.randn(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert all(torch.equal(layer.age, ages) for layer, ages in zip(layers(model), before, strict=True))
+
+
+def test_eval_and_no_grad_are_not_observed():
+    model = Net(replacement_rate=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8, 8))
+    model.eval()(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    assert not any(layer.age.any() for layer in layers(model))
+
+
+def test_a_copy_goes_on_by_itself(trained):
+    model, optimizer = trained
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.Adam(twin.parameters())
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 20, seed=1)
+    after = [p.clone() for p in model.parameters()]
+    train(twin, twin_optimizer, 20, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(after, twin.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(after, model.parameters(), strict=True))
+
+
+def test_state_dict_resumes_bit_for_bit(trained, tmp_path):
+    model, optimizer = trained
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    resumed = Net()
+    resumed_optimizer = torch.optim.Adam(resumed.parameters())
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    resumed_optimizer.load_state_dict(checkpoint["optimizer"])
+    train(model, optimizer, 20, seed=1)
+    train(resumed, resumed_optimizer, 20, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_layers_do_not_share_random_numbers():
+    torch.manual_seed(0)
+    draws = []
+    for _ in range(2):
+        fc1, fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
+        model = nn.Sequential(fc1, CBPLinear(fc1, fc2, replacement_rate=1.0, maturity_threshold=0), fc2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+        draws.append(fc1.weight.detach().clone())
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CBPLinear(nn.Linear(4, 5), nn.Linear(6, 2)), "6"),
+        (lambda: CBPLinear(nn.Linear(4, 5), nn.Linear(5, 2), bn_layer=nn.BatchNorm1d(4)), "bn_layer"),
+        (lambda: CBPLinear(nn.Linear(4, 5), nn.Linear(5, 2), util_type="best"), "utility is 'best'"),
+        (lambda: CBPLinear(nn.Linear(4, 5), nn.Linear(5, 2), replacement_rate=2), "replacement_rate is 2"),
+        (lambda: CBPConv(nn.Conv2d(3, 4, 3), nn.Linear(16, 2)), "num_last_filter_outputs is 1"),
+    ],
+    ids=["widths", "norm", "utility", "rate", "outputs"],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
