@@ -1,5 +1,5 @@
-# Every target sets up what it needs: a virtual environment, the PyTorch named here, the compiled module. A second run is
-# quick. ARGS goes to the program that a target runs: make demo ARGS="--seeds 2", make test ARGS="-k state".
+# Every target sets up what it needs: a virtual environment, the PyTorch named here, the compiled module. A second run
+# is quick. ARGS goes to the program that a target runs: make demo ARGS="--seeds 2", make test ARGS="-k state".
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -105,14 +105,14 @@ class Engine:
         if not self.enabled:
             return
         h = h.detach()
-        held = self._held_bytes + h.nbytes
-        if held <= self._room and not self._inline[slot] and not torch.compiler.is_compiling():
-            self._held.append(h)
-            self._slots.append(slot)
-            self._versions.append(h._version)
-            self._held_bytes = held
-        else:
+        # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
+        if torch.compiler.is_compiling() or self._inline[slot] or self._held_bytes + h.nbytes > self._room:
             self._functions.capture_(self.state, slot, h)
+            return
+        self._held.append(h)
+        self._slots.append(slot)
+        self._versions.append(h._version)
+        self._held_bytes += h.nbytes
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.

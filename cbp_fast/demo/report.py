@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from .problem import Problem
@@ -33,6 +33,11 @@ class Row:
         n = tenth(len(self.histories[0].scores))
         return [fmean(h.scores[:n] if part == "first" else h.scores[-n:]) for h in self.histories]
 
+    @property
+    def seconds_per_step(self) -> float:
+        """In the fastest task, which other programs have disturbed least."""
+        return min(h.seconds_per_step for h in self.histories)
+
     def to_json(self) -> dict[str, Any]:
         """All numbers of the row; `std` is over seeds, None where there is one."""
         first, last = self.over("first"), self.over("last")
@@ -44,7 +49,7 @@ class Row:
             "std": {"first": _std(first), "last": _std(last)},
             "dormant_units": fmean(h.dormant for h in self.histories),
             "effective_rank": fmean(h.effective_rank for h in self.histories),
-            "seconds_per_step": median(h.seconds_per_step for h in self.histories),
+            "seconds_per_step": self.seconds_per_step,
         }
 
 
@@ -81,7 +86,7 @@ def table(problem: Problem, rows: Sequence[Row]) -> str:
                 _with_std(row.over("last")),
                 f"{numbers['dormant_units']:.0%}",
                 f"{numbers['effective_rank']:.1f}",
-                f"{1000 * numbers['seconds_per_step']:.3f}",
+                f"{1000 * row.seconds_per_step:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -90,11 +95,10 @@ def table(problem: Problem, rows: Sequence[Row]) -> str:
         "* the step size, of those tried, at which plain backprop has its best mean over the whole stream",
         "dormant: units of all hidden layers, and eff. rank: of the last one; both over the last tenth of the tasks",
     ]
-    seconds = {
-        method: median(h.seconds_per_step for row in rows if row.method == method for h in row.histories)
-        for method in METHODS
-    }
-    text.append(f"seconds a step: {seconds['backprop']:.6f} without and {seconds['cbp']:.6f} with continual backprop")
+    without, with_cbp = (min(row.seconds_per_step for row in rows if row.method == method) for method in METHODS)
+    text.append(
+        f"seconds a step, in the fastest task: {without:.6f} without and {with_cbp:.6f} with continual backprop"
+    )
     return "\n".join(text)
 
 
@@ -105,7 +109,7 @@ def plot(problem: Problem, rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     tasks = len(rows[0].histories[0].scores)
-    width = max(1, tasks // 30)
+    width = max(1, tasks // 25)
     starts = range(0, tasks, width)
     middle = [(start + 1 + min(start + width, tasks)) / 2 for start in starts]
     for method, row in compared(problem, rows).items():
