@@ -78,7 +78,7 @@ class Rule:
             object.__setattr__(self, option, value)
 
     @classmethod
-    def nature(cls, init: str = "kaiming", act: str = "relu", transfer_bias: bool = False) -> Rule:
+    def nature(cls, init: str = "kaiming", *, act: str = "relu", transfer_bias: bool = False) -> Rule:
         """Dohare et al., Nature 632 (2024), eq. 1 and Algorithm 1, with the bias correction of the authors' code.
 
         y = mean abs(h) * sum abs(W_out); u / (1 - decay_rate^age) ranks; floor(pending) units are replaced.
@@ -90,10 +90,11 @@ class Rule:
         cls,
         utility: str = "contribution",
         init: str = "kaiming",
-        act: str = "relu",
         accumulate: bool = True,
         accrual: str = "eligible",
         transfer_bias: bool = False,
+        *,
+        act: str = "relu",
         reset_optimizer: bool = True,
     ) -> Rule:
         """The authors' generate-and-test code (GnT, ConvGnT): means of weights, seven utilities."""
