@@ -8,7 +8,7 @@ from torch import nn
 
 from cbp_fast import CBPConv, CBPLinear, ContinualBackprop, Rule
 
-EAGER = dict(replacement_rate=0.05, maturity_threshold=5)
+EAGER = {"replacement_rate": 0.05, "maturity_threshold": 5}
 
 
 class Net(nn.Module):
@@ -80,7 +80,7 @@ def test_same_choices_and_resets_as_the_attached_object(utility):
     def run(layer):
         torch.manual_seed(1)
         fc1, fc2 = nn.Linear(6, 9), nn.Linear(9, 2)
-        options = dict(replacement_rate=0.1, maturity_threshold=3, decay_rate=0.5)
+        options = {"replacement_rate": 0.1, "maturity_threshold": 3, "decay_rate": 0.5}
         if layer:
             cbp = CBPLinear(fc1, fc2, util_type=utility, **options)
             model = nn.Sequential(fc1, nn.ReLU(), cbp, fc2)

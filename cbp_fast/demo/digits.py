@@ -47,7 +47,7 @@ def problem(rule: str) -> Problem:
         step_sizes=(0.0005, 0.001, 0.002),
         examples=1797,
         batch_size=16,
-        tasks=150,
+        tasks=120,
         seeds=3,
         replacement_rate=rate,
         maturity_threshold=100,

@@ -57,7 +57,7 @@ def problem(rule: str) -> Problem:
         examples=_EXAMPLES,
         batch_size=1,
         tasks=100,
-        seeds=4,
+        seeds=3,
         replacement_rate=rate,
         maturity_threshold=threshold,
         stream=stream,

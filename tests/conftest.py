@@ -1,0 +1,125 @@
+"""One thread unless a test asks for more, repeatable property tests, and what several test files share."""
+
+import hashlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from cbp_fast import _C
+
+# threads would only wait for each other on small tensors
+torch.set_num_threads(1)
+
+# the same examples every time: what fails here fails everywhere
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def every_isa():
+    """Call it with a function: its result on each instruction set of this CPU, by name."""
+    before = _C.get_isa()
+
+    def run(function):
+        results = {}
+        for name in _C.isa_levels():
+            _C.set_isa(name)
+            results[name] = function()
+        return results
+
+    yield run
+    _C.set_isa(before)
+
+
+def _philox4x32(counter, key):
+    """Philox4x32-10 (Salmon et al., SC 2011) in Python's integers: 4 and 2 words of 32 bits in, 4 out."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 % 2**32, (p0 >> 32) ^ c3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+class _Philox:
+    """Random numbers as the specification defines them, worked out without the code under test."""
+
+    words = staticmethod(_philox4x32)
+
+    @staticmethod
+    def stream(name, group=False):
+        """Tensor id of a weight, or of a group."""
+        first_31_bits = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+        return first_31_bits + (2**31 if group else 0)
+
+    @staticmethod
+    def word(seed, step, stream, element):
+        block = element // 4
+        counter = (block % 2**32, block >> 32, step, stream)
+        return _philox4x32(counter, (seed % 2**32, seed >> 32))[element % 4]
+
+    @classmethod
+    def unit(cls, seed, step, stream, elements):
+        """U[0, 1) of each element, float32."""
+        words = [cls.word(seed, step, stream, e) >> 8 for e in elements]
+        return np.array(words, dtype=np.float32) * np.float32(2.0**-24)
+
+    @classmethod
+    def uniform(cls, seed, step, stream, elements, bound):
+        """(2 r - 1) * bound in float32, with one rounding."""
+        return (2 * cls.unit(seed, step, stream, elements) - 1) * np.float32(bound)
+
+
+@pytest.fixture
+def philox():
+    return _Philox
+
+
+def _bits(tensor):
+    if tensor.is_meta:
+        return tensor.shape
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensors_of(prefix, value):
+    if isinstance(value, torch.Tensor):
+        yield prefix, _bits(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _tensors_of(f"{prefix}.{key}", entry)
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            yield from _tensors_of(f"{prefix}.{i}", entry)
+    else:
+        yield prefix, value
+
+
+@pytest.fixture
+def everything():
+    """Call it with a model, an optimizer or a ContinualBackprop, or several: all they hold, bit for bit, by name."""
+
+    def look(*objects):
+        found = {}
+        for i, thing in enumerate(objects):
+            engine = getattr(thing, "_engine", None)
+            state = thing.state_dict() if engine is None else {"buffer": engine.state.buffer, **thing.state_dict()}
+            found.update(_tensors_of(f"{i} {type(thing).__name__}", state))
+        return found
+
+    return look
