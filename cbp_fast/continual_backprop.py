@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,23 @@ class _Recorder:
 
     def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
         return _Recorder, ()
+
+
+class _Later:
+    """Forward pre-hook that removes hooks, its own among them; copies and pickles do nothing."""
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Later:
+        return _Later()
+
+    def __reduce__(self) -> tuple[type[_Later], tuple[()]]:
+        return _Later, ()
 
 
 class ContinualBackprop:
@@ -177,20 +195,13 @@ class ContinualBackprop:
             handle.remove()
         self._hooks = []
         if not _inside_step(self._optimizers):
-            self._remove_optimizer_hooks()
+            for handle in self._optimizer_hooks:
+                handle.remove()
             return
 
         # a hook that goes while torch loops over the hooks breaks the loop; the next forward is soon enough
-        def later(module: nn.Module, args: Any) -> None:
-            self._remove_optimizer_hooks()
-            handle.remove()
-
-        handle = self._model.register_forward_pre_hook(later)
-
-    def _remove_optimizer_hooks(self) -> None:
-        for handle in self._optimizer_hooks:
-            handle.remove()
-        self._optimizer_hooks = []
+        later = _Later()
+        later.handles = [*self._optimizer_hooks, self._model.register_forward_pre_hook(later)]
 
     def to(self, device: str | int | torch.device) -> ContinualBackprop:
         """Move the state to a device, after `model.to(device)`; forwards since the last step are forgotten."""
@@ -373,9 +384,10 @@ def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[Resolved
 
 def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
     """Whether the caller runs in a hook of one of the optimizers."""
-    frame = sys._getframe(1)
+    where = sys.modules[Optimizer.__module__].__file__
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == torch.optim.optimizer.__file__ and frame.f_locals.get("self") in optimizers:
+        if frame.f_code.co_filename == where and frame.f_locals.get("self") in optimizers:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

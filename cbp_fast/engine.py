@@ -158,6 +158,7 @@ class Engine:
                         tensors.append(self._checked(region.weight))
                     elif reset and region.ref.is_parameter:
                         slots = slots_of(optimizers, tensor)
+                        _check_slots(region.ref.name, tensor, slots)
                         numbers += [2 * number + 1] * len(slots)
                         tensors += slots
             self._functions.reinit_(state, numbers, tensors)
@@ -250,6 +251,15 @@ class Engine:
                     "detach with remove() and attach again"
                 )
         return tensor
+
+
+def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:
+    for slot in slots:
+        if slot.device != parameter.device or slot.layout != torch.strided:
+            raise RuntimeError(
+                f"the optimizer keeps state of {name} as a {slot.layout} tensor on {slot.device}, where it cannot be reset; "
+                f"it must be dense and on {parameter.device}"
+            )
 
 
 def _plain(value: object) -> object:

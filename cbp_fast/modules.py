@@ -84,7 +84,7 @@ class _CBPLayer(nn.Module):
             _CBPLayer._hooked = True
 
     @property
-    def _weight(self) -> Tensor:
+    def _weight(self) -> Tensor | None:
         return self._engine.state.regions[0].ref.get()
 
     @property

@@ -32,9 +32,9 @@ class TensorRef(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def get(self) -> Tensor:
-        """The tensor as it is now."""
-        return self.owner[self.key]  # type: ignore[return-value]
+    def get(self) -> Tensor | None:
+        """The tensor as it is now; None if the module has it no more."""
+        return self.owner.get(self.key)
 
     @property
     def is_parameter(self) -> bool:

@@ -110,16 +110,23 @@ def _tensors_of(prefix, value):
         yield prefix, value
 
 
+def _state_of(thing):
+    engine = getattr(thing, "_engine", None)
+    if engine is None:
+        return thing.state_dict()
+    # beyond the units replaced last, their list holds what is left of other steps
+    fields = {name: getattr(engine.state, name) for name, _, _ in engine.state._fields if name != "chosen"}
+    return {**fields, "last_replaced": thing.last_replaced, **engine.hyper}
+
+
 @pytest.fixture
 def everything():
     """Call it with a model, an optimizer or a ContinualBackprop, or several: all they hold, bit for bit, by name."""
 
-    def look(*objects):
+    def look(*things):
         found = {}
-        for i, thing in enumerate(objects):
-            engine = getattr(thing, "_engine", None)
-            state = thing.state_dict() if engine is None else {"buffer": engine.state.buffer, **thing.state_dict()}
-            found.update(_tensors_of(f"{i} {type(thing).__name__}", state))
+        for i, thing in enumerate(things):
+            found.update(_tensors_of(f"{i} {type(thing).__name__}", _state_of(thing)))
         return found
 
     return look

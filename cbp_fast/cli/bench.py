@@ -198,7 +198,7 @@ def _compiled(case: Case, rule: str) -> Callable[[], None]:
     def hooked() -> None:
         for hook, module, args in calls:
             hook(module, args, {})
-        step([owner[key] for owner, key in engine._places], engine._held)
+        step([ref.owner[ref.key] for ref in engine.state.weights], engine._held)  # type: ignore[misc]
         engine.finish()
 
     return hooked
@@ -206,7 +206,7 @@ def _compiled(case: Case, rule: str) -> Callable[[], None]:
 
 def _read(model: nn.Sequential, case: Case, rule: str) -> Callable[[], None]:
     """PyTorch's sum over everything that the step has to read."""
-    weights = [p.detach() for p in model.parameters() if p.dim() == 2]
+    weights: list[Tensor] = [p.data for p in model.parameters() if p.dim() == 2]
     tensors = _activations(model, case) + (weights[:-1] if rule == "clarena" else weights[1:])
 
     def read() -> None:
