@@ -295,5 +295,7 @@ def _check_entry(what: str, theirs: Any, mine: Any) -> None:
             raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
     elif type(theirs) is not type(mine):
         raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
-    elif what.startswith(("pending", "num_replaced", "step")) and not 0 <= theirs < float("inf"):
-        raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least 0")
+    else:
+        least = -(2**63) if what == "seed" else 0
+        if not least <= theirs < 2**63:
+            raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least {least} and below 2**63")

@@ -310,7 +310,8 @@ WeightView view_of(const Tensor& w, const Weight& record) {
     v.minor = row[0].size;
     v.major_stride = strides[0];
     v.minor_stride = 1;
-    v.column_size = strides[1];
+    // an axis of one element may have any stride
+    v.column_size = in > 1 ? strides[1] : 1;
   } else {
     v.transposed = out > 1 && strides[0] < strides[1];
     v.major = v.transposed ? in : out;
