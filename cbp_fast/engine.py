@@ -202,10 +202,8 @@ class Engine:
         """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
         state, own = self.state, self.state_dict()
         _check_keys("state_dict", state_dict, own)
-        if dict(state_dict["rule"]) != own["rule"]:
-            raise ValueError(
-                f"state_dict was saved with rule {dict(state_dict['rule'])}, this object has {own['rule']}"
-            )
+        if state_dict["rule"] != own["rule"]:
+            raise ValueError(f"state_dict was saved with rule {state_dict['rule']!r}, this object has {own['rule']!r}")
         _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
         for name, mine in own["groups"].items():
             theirs = state_dict["groups"][name]

@@ -4,7 +4,6 @@ A plain script, so that nothing but the kernels is slow under the sanitizers. Re
 """
 
 import random
-import time
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from cbp_fast import _C, ContinualBackprop, Rule, UnitGroup
 from cbp_fast.engine import Engine
 from cbp_fast.unit_groups import resolve
 
-SECONDS = 60
+GROUPS = 400
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RULES = [
@@ -47,8 +46,8 @@ class Shape:
         self.flattened = self.spatial > 0 and rng.random() < 0.4
         self.rule = rng.choice([rule for rule in RULES if self.spatial == 0 or rule.name != "clarena"])
         self.units, self.fan_in, self.fan_out = (rng.choice((1, 2, 3, 8, 15, 16, 17, 33)) for _ in range(3))
-        if rng.random() < 0.1 and self.spatial == 0:
-            self.fan_in, self.fan_out = rng.choice((1025, 2049, 4096)), rng.choice((1, 511, 513))
+        if rng.random() < 0.05 and self.spatial == 0:
+            self.fan_in, self.fan_out = rng.choice((1025, 2049)), rng.choice((1, 511, 513))
         self.columns = rng.choice((1, 2, 4)) if self.flattened else 1
         self.kernel = [rng.choice((1, 2, 3)) for _ in range(self.spatial)]
         divides = [g for g in (1, 2, 4) if self.units % g == self.fan_out % g == 0 and not g == self.units > 1]
@@ -56,11 +55,11 @@ class Shape:
         self.producers, self.readers = rng.choice((1, 1, 2)), rng.choice((1, 1, 2))
         self.dtype, self.activations = rng.choice(DTYPES), rng.choice(DTYPES)
         axes = 0 if self.flattened else self.spatial
-        # powers of two, by which whole numbers are divided without rounding
+        # powers of two, by which whole numbers are divided without rounding, and not too many of them: the sums of
+        # distances from such a mean fit float32
         self.positions = [rng.choice((1, 2, 4, 8)) for _ in range(axes)]
-        self.batch = [
-            rng.choice((1, 2, 4, 64, 0)) for _ in range(rng.choice((0, 1)) if axes else rng.choice((0, 1, 2)))
-        ]
+        axes = rng.choice((0, 1)) if axes else rng.choice((0, 1, 2))
+        self.batch = [rng.choice((1, 2, 4, 16, 0)) for _ in range(axes)]
         self.capture = rng.choice(("inline", "deferred"))
         self.hyper = {
             "replacement_rate": rng.choice((0.0, 0.1, 0.5, 1.0)),
@@ -133,8 +132,8 @@ def cnn():
 
 
 def mlp():
-    layers = [nn.Linear(40, 600), nn.LayerNorm(600), nn.ReLU(), nn.Linear(600, 300), nn.Tanh(), nn.Linear(300, 4)]
-    return nn.Sequential(*layers), (500, 40)
+    layers = [nn.Linear(40, 420), nn.LayerNorm(420), nn.ReLU(), nn.Linear(420, 350), nn.Tanh(), nn.Linear(350, 4)]
+    return nn.Sequential(*layers), (380, 40)
 
 
 def run_training(make, rule, dtype, steps):
@@ -160,8 +159,7 @@ def run_training(make, rule, dtype, steps):
 
 
 def main():
-    began, rng, steps, groups = time.perf_counter(), random.Random(0), 0, 0
-    levels = _C.isa_levels()
+    rng, steps, levels = random.Random(0), 0, _C.isa_levels()
     # more than 2 ** 17 elements are shared between threads
     for threads, level in zip((1, 2, 2), (levels[0], levels[-1], levels[0]), strict=True):
         torch.set_num_threads(threads)
@@ -169,14 +167,13 @@ def main():
         steps += run_training(mlp, Rule.gnt("adaptable_contribution"), torch.float64, 6)
     for rule, dtype in ((Rule.nature(), torch.float32), (Rule.gnt("feature_by_input"), torch.float64)):
         steps += run_training(cnn, rule, dtype, 30)
-    while groups < 200 or (groups < 2000 and time.perf_counter() - began < SECONDS):
-        _C.set_isa(levels[groups % len(levels)])
-        torch.set_num_threads(1 + groups % 2)
+    for group in range(GROUPS):
+        _C.set_isa(levels[group % len(levels)])
+        torch.set_num_threads(1 + group % 2)
         steps += run_group(rng, 3)
         drawn = _C.philox_uniform(rng.randrange(2**64), 1, 2, rng.randrange(2**60), rng.randrange(100))
         assert all(0 <= r < 1 for r in drawn)
-        groups += 1
-    print(f"{steps} steps on {groups} groups and 5 networks: what the reference does, {', '.join(levels)}")
+    print(f"{steps} steps on {GROUPS} groups and 5 networks: what the reference does, on {', '.join(levels)}")
 
 
 if __name__ == "__main__":
