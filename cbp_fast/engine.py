@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from .ops import BACKENDS, backend_for
@@ -105,14 +106,15 @@ class Engine:
         if not self.enabled:
             return
         h = h.detach()
+        held = self._held_bytes + h.nbytes
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
-        if torch.compiler.is_compiling() or self._inline[slot] or self._held_bytes + h.nbytes > self._room:
+        if is_compiling() or held > self._room or self._inline[slot]:
             self._functions.capture_(self.state, slot, h)
             return
+        self._held_bytes = held
         self._held.append(h)
         self._slots.append(slot)
         self._versions.append(h._version)
-        self._held_bytes += h.nbytes
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.

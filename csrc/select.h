@@ -15,7 +15,7 @@ struct Sums {
   const double* const* columns;  // of each weight, [in]
 };
 
-// y[j] in double: activation statistic x weight statistic (ALGORITHM in README: utility)
+// y[j] in double: activation statistic x weight statistic; README says what each rule multiplies
 inline void utility_now(const Plan& plan, const Fields& f, const Group& group, const Sums& sums, double* y) {
   const Header& h = *plan.header;
   const int64_t n = group.units, per_unit = group.columns_per_unit;
@@ -62,11 +62,21 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     const Weight& w = plan.weights[plan.incoming[group.first_incoming + i]];
     fan_in += w.size[1] * w.size[2] * w.size[3] * w.size[4];
   }
-  for (int64_t j = 0; j < n; ++j) {
-    double w_in = 0;
-    for (int64_t i = 0; i < group.incoming; ++i) w_in += sums.rows[plan.incoming[group.first_incoming + i]][j];
-    y[j] = h.incoming_use == 1 ? y[j] / samples * w_in : y[j] / (w_in / static_cast<double>(fan_in));
-  }
+  const auto weigh = [&](const auto& w_in) {
+    if (h.incoming_use == 1)
+      for (int64_t j = 0; j < n; ++j) y[j] = y[j] / samples * w_in(j);
+    else
+      for (int64_t j = 0; j < n; ++j) y[j] = y[j] / (w_in(j) / static_cast<double>(fan_in));
+  };
+  const int64_t* incoming = plan.incoming + group.first_incoming;
+  if (group.incoming == 1)
+    weigh([row = sums.rows[incoming[0]]](int64_t j) { return row[j]; });
+  else
+    weigh([&](int64_t j) {
+      double total = 0;
+      for (int64_t i = 0; i < group.incoming; ++i) total += sums.rows[incoming[i]][j];
+      return total;
+    });
 }
 
 // a float's bits in an order of their own: less as a float is less as an integer, and -0 is +0

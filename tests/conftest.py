@@ -25,13 +25,6 @@ def backend(request):
 
 
 @pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
 def every_isa():
     """Call it with a function: its result on each instruction set of this CPU, by name."""
     before = _C.get_isa()

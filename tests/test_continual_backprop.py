@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -202,6 +203,15 @@ def test_a_model_that_does_not_fit_is_refused(model, options, error, message):
         ContinualBackprop(model, **options)
 
 
+@pytest.mark.parametrize("widths", [(3, 0, 2), (0, 3, 2)], ids=["no units", "no inputs"])
+def test_a_layer_without_weights_is_refused_by_name(widths):
+    layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for layer, (fan_in, fan_out) in zip(layers, itertools.pairwise(widths), strict=True):
+        layer.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+    with pytest.raises(ValueError, match="'0'"):
+        ContinualBackprop(nn.Sequential(*layers), groups=[UnitGroup("g", ["0"], ["1"])])
+
+
 def test_a_model_without_groups_is_told_why():
     with pytest.raises(ValueError, match="Softmax"):
         ContinualBackprop(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)))
@@ -330,6 +340,20 @@ def test_activations_held_and_summed_at_once_are_the_same_bits(backend, everythi
     assert results["deferred"] == results["inline"] == results["auto"]
 
 
+def test_what_is_held_is_summed_before_what_no_longer_fits(backend):
+    utility = []
+    for capture in ("inline", "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 2))
+        cbp = ContinualBackprop(model, rule=Rule.gnt("zero_contribution"), capture=capture, backend=backend)
+        for i in range(4):
+            # 1.5 MB each; a distance is one from the mean of the forwards so far
+            model(torch.randn(6000, 6, generator=torch.Generator().manual_seed(i)) * (i + 1) + i)
+        cbp.step()
+        utility.append(cbp.utility["0"])
+    same(*utility)
+
+
 def test_accumulated_uneven_batches_give_the_pooled_mean(backend):
     utility = []
     for sizes in ((23,), (5, 1, 17)):
@@ -426,6 +450,38 @@ def test_recomputed_forwards_leave_the_mean_right(backend, reentrant):
         cbp.step()
         utility.append(cbp.utility["0"])
     same(*utility)
+
+
+@pytest.mark.parametrize("capture", ["inline", "deferred"])
+def test_gradients_of_single_samples_are_not_observed(backend, capture):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    cbp = ContinualBackprop(model, capture=capture, backend=backend)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    assert gradients(dict(model.named_parameters()), torch.randn(5, 6))["0.weight"].shape == (5, 4, 6)
+    assert not observed(cbp)
+    model(torch.randn(5, 6))
+    assert observed(cbp)
+
+
+def test_a_compiled_model_is_observed_in_one_graph(everything):
+    import torch._dynamo.testing  # takes a second
+
+    results = []
+    for compiled in (False, True):
+        model = mlp()
+        optimizer = momentum(model)
+        cbp = ContinualBackprop(model, optimizer, **EAGER)
+        counter = torch._dynamo.testing.CompileCounter()
+        stream = Stream(torch.compile(model, backend=counter) if compiled else model, optimizer)
+        stream.train(20)
+        results.append(everything(model, optimizer, cbp))
+    assert sum(cbp.num_replaced.values()) > 10
+    assert results[0] == results[1]
+    assert counter.frame_count == 1
 
 
 # when it steps
@@ -785,6 +841,17 @@ def test_a_model_that_moved_asks_for_to(backend):
     failing_step(cbp, r"cbp\.to\('meta'\)")
     model(torch.randn(2, 6, device="meta"))
     failing_step(cbp, r"cbp\.to\('meta'\)")
+
+
+def test_forwards_on_another_device_do_not_stop_a_model_that_came_back(backend):
+    model = mlp()
+    cbp = ContinualBackprop(model, backend=backend)
+    parameters = {key: value.clone() for key, value in model.state_dict().items()}
+    model.to("meta")
+    model(torch.randn(2, 6, device="meta"))
+    model.to_empty(device="cpu").load_state_dict(parameters)
+    model(torch.randn(2, 6))
+    assert observed(cbp)
 
 
 def test_a_model_cast_to_another_type_is_named(backend):

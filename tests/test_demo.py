@@ -129,6 +129,17 @@ def test_workers_give_what_one_process_gives():
         assert [score for method, score in told if method == run.method] == history.scores
 
 
+@pytest.mark.slow
+def test_an_interrupt_here_stops_the_workers():
+    def interrupt(run, score):
+        raise KeyboardInterrupt
+
+    # far too long to wait for
+    runs = [training.Run("digits", "nature", method, 0.001, 0, 100_000) for method in (*report.METHODS, "backprop")]
+    with pytest.raises(KeyboardInterrupt):
+        training.train_all(runs, 2, interrupt)
+
+
 def test_training_here_gives_the_threads_back():
     threads = torch.get_num_threads()
     with pytest.raises(KeyError):

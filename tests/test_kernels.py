@@ -169,7 +169,7 @@ class Layout:
 
     def place(self, values):
         """A tensor of these values, and the memory that it lies in, NaN wherever it has no element."""
-        kept = values if self.repeated is None else values.narrow(self.repeated, 0, 1)
+        kept = values if self.repeated is None or not values.numel() else values.narrow(self.repeated, 0, 1)
         sizes = [kept.shape[axis] * self.steps[axis] for axis in self.order]
         memory = torch.full((self.offset + math.prod(sizes),), math.nan, dtype=values.dtype)
         tensor = memory[self.offset :].view(sizes)[tuple(slice(None, None, self.steps[axis]) for axis in self.order)]
@@ -234,6 +234,8 @@ def cases(draw, powers_of_two=False):
     if dims:
         # a convolution has one batch axis or none
         samples = samples[: dims + 1]
+    if len(samples) > dims and draw(st.integers(0, 9)) == 0:
+        samples = (0, *samples[1:])
     producers, readers = draw(st.sampled_from((1, 1, 2))), draw(st.sampled_from((1, 1, 2)))
     reader_dims, producer_dims = 2 + dims, 2 + spatial
     steps = draw(st.integers(1, 3))
@@ -333,7 +335,7 @@ class Bench:
         for slot in range(case.readers):
             for _ in range(case.forwards[step * case.readers + slot]):
                 h = numbers((*batch, features, *spatial)).to(case.activations)
-                if case.inputs.repeated is not None:
+                if case.inputs.repeated is not None and h.numel():
                     h = h.narrow(case.inputs.repeated, 0, 1).expand(h.shape)
                 h = h if dtype is None else h.to(dtype)
                 self.engine.record(slot, case.inputs.place(h)[0] if laid_out else h.contiguous())
@@ -601,6 +603,24 @@ def test_stride_of_an_axis_of_length_one_means_nothing(backend, stride):
     cbp._engine.record(0, torch.ones(1, 1, 5))
     cbp.step()
     assert cbp.utility["g"].item() == 23 * 24 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "every other"])
+def test_every_number_of_16_bits_is_read_right(every_isa, dtype, step):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    h = values.repeat_interleave(step)[::step]
+    model = nn.Sequential(nn.Linear(1, len(h)), nn.Linear(len(h), 1))
+    cbp = ContinualBackprop(model, backend="cpp", capture="inline")
+    state = cbp._engine.state
+
+    def read():
+        cbp._engine.forget_forwards()
+        cbp._engine.record(0, h)
+        return state.activation.clone()
+
+    for name, sums in every_isa(read).items():
+        torch.testing.assert_close(sums, values.double().abs(), rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def settings_of_a_machine():

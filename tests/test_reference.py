@@ -583,6 +583,17 @@ def test_a_weight_between_two_replaced_units_is_drawn_not_zero(backend, philox):
     assert (drawn != 0).all()
 
 
+def test_the_order_in_which_groups_are_given_does_not_matter(backend):
+    first, middle, last = linear([[1.0]] * 2), linear([[1.0] * 2] * 3), linear([[1.0] * 3])
+    cbp = attach(backend, (middle, last), (first, middle), replacement_rate=0.5)
+    feed(middle, [[2, 1]])
+    feed(last, [[3, 1, 2]])
+    cbp.step()
+    assert [units.tolist() for units in cbp.last_replaced.values()] == [[1], [1]]
+    # as it is in the order of the forward: drawn after the column was cleared
+    assert (middle.weight == 0).tolist() == [[False, True], [False, False], [False, True]]
+
+
 def test_all_groups_choose_before_any_is_changed(backend):
     first, middle, last = linear([[1.0]] * 2), linear([[1.0, 2.0]] * 3), linear([[1.0] * 3])
     cbp = attach(backend, (first, middle), (middle, last), rule=Rule.gnt("adaptation"), replacement_rate=0.5)
@@ -707,6 +718,18 @@ def test_clarena_draws_the_row_and_the_column_before_it_and_touches_nothing_else
     torch.testing.assert_close(whole(model), expected, rtol=0, atol=0)
     for state in optimizer.state.values():
         assert (state["momentum_buffer"] == 1).all()
+
+
+def test_clarenas_preceding_layer_is_the_one_before_whatever_is_left_out(backend):
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)]
+    model = nn.Sequential(*layers)
+    options = {"replacement_rate": 1.0, "maturity_threshold": 0, "backend": backend}
+    cbp = ContinualBackprop(model, rule="clarena", include="2", **options)
+    before = [layer.weight.detach().clone() for layer in layers]
+    model(torch.ones(1, 4))
+    cbp.step()
+    changed = [(layer.weight != old).sum().item() for layer, old in zip(layers, before, strict=True)]
+    assert changed == [0, 4, 4, 0]
 
 
 # transfer_bias

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Event
 
 import torch
 
@@ -128,7 +130,8 @@ def train_all(runs: Sequence[Run], workers: int, on_task: Callable[[Run, float],
     # spawn: a fork would copy a process that already has torch's threads, or a CUDA context
     context = multiprocessing.get_context("spawn")
     queue: SimpleQueue[tuple[Run, float]] = context.SimpleQueue()
-    with ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (queue, stop)) as pool:
         futures = [pool.submit(_train_in_worker, run) for run in runs]
         pending = set(futures)
         try:
@@ -139,20 +142,30 @@ def train_all(runs: Sequence[Run], workers: int, on_task: Callable[[Run, float],
                 for future in done:
                     future.result()  # raises what the worker raised
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
 
 
-# of a worker, to the process that shows its progress
+# of a worker: to the process that shows its progress, and from it
 _queue: SimpleQueue[tuple[Run, float]]
+_stop: Event
 
 
-def _start_worker(queue: SimpleQueue[tuple[Run, float]]) -> None:
-    global _queue
-    _queue = queue
+def _start_worker(queue: SimpleQueue[tuple[Run, float]], stop: Event) -> None:
+    global _queue, _stop
+    _queue, _stop = queue, stop
+    # an interrupt from the keyboard goes to all processes; the first one stops the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _train_in_worker(run: Run) -> History:
-    return train(run, lambda run, score: _queue.put((run, score)))
+    return train(run, _tell)
+
+
+def _tell(run: Run, score: float) -> None:
+    if _stop.is_set():
+        raise RuntimeError("stopped")
+    _queue.put((run, score))
