@@ -257,8 +257,8 @@ def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:
     for slot in slots:
         if slot.device != parameter.device or slot.layout != torch.strided:
             raise RuntimeError(
-                f"the optimizer keeps state of {name} as a {slot.layout} tensor on {slot.device}, which cannot be reset; "
-                f"it must be dense and on {parameter.device}"
+                f"the optimizer keeps state of {name} as a {slot.layout} tensor on {slot.device}; to be reset it must "
+                f"be dense and on {parameter.device}"
             )
 
 

@@ -417,6 +417,13 @@ def test_a_unit_is_protected_for_the_threshold(backend):
     assert [units.step(1) for _ in range(6)] == [[], [], [0], [], [], [0]]
 
 
+def test_a_unit_is_not_chosen_before_it_is_mature(backend):
+    units = Units(backend, 3, maturity_threshold=3, replacement_rate=0.5)
+    units.cbp.age["0"].copy_(torch.tensor([5, 2, 5]))
+    # ages 6, 3 and 6: two are mature, and one of them is due, though unit 1 has the least score
+    assert units.step(5, 1, 3) == [2]
+
+
 def test_only_mature_units_are_due(backend):
     units = Units(backend, 4, maturity_threshold=3)
     units.cbp.age["0"].copy_(torch.tensor([0, 5, 0, 5]))
