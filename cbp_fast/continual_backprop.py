@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import FrameType
 from typing import Any, cast
@@ -127,7 +128,7 @@ class ContinualBackprop:
                 "copies of the model would drift apart"
             )
         found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
-        resolved = _filtered([resolve(model, group) for group in found], include, exclude)
+        resolved = _filtered(_in_forward_order([resolve(model, group) for group in found]), include, exclude)
         if not resolved:
             why = "groups is empty" if groups is not None else explain(model, example_inputs)
             raise ValueError(f"the model has no unit group to work on:\n{why}")
@@ -327,6 +328,25 @@ def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optim
     return optimizers
 
 
+def _in_forward_order(groups: Sequence[ResolvedGroup]) -> list[ResolvedGroup]:
+    """Groups whose readers make the units of another go before it; each is told which layers precede its own."""
+    makers = [{module for _, module in group.incoming} for group in groups]
+    before = [
+        [other for other in groups if other is not group and any(module in made for _, module in other.outgoing)]
+        for group, made in zip(groups, makers, strict=True)
+    ]
+    waiting, ordered = list(range(len(groups))), []
+    placed: set[str] = set()
+    while waiting:
+        # in a circle the given order stands
+        ready = (i for i in waiting if all(other.name in placed for other in before[i]))
+        i = next(ready, waiting[0])
+        waiting.remove(i)
+        placed.add(groups[i].name)
+        ordered.append(replace(groups[i], preceding=tuple(layer for other in before[i] for layer in other.incoming)))
+    return ordered
+
+
 def _filtered(
     groups: list[ResolvedGroup], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> list[ResolvedGroup]:
@@ -348,14 +368,14 @@ def _filtered(
 def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
     if rule.name != "clarena":
         return
-    for g, group in enumerate(groups):
+    for group in groups:
         convolutions = [n for n, m in (*group.incoming, *group.outgoing) if not isinstance(m, nn.Linear)]
         if convolutions or group.columns_per_unit > 1:
             raise ValueError(
                 f"rule 'clarena' is defined for linear layers only, and group '{group.name}' has convolutions; "
                 "use rule='nature', or exclude= the group"
             )
-        for name, module in groups[g - 1].incoming if g else ():
+        for name, module in group.preceding:
             inputs = cast(Tensor, module.weight).shape[1]
             if inputs < group.num_units:
                 raise ValueError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import compress
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
@@ -103,18 +105,27 @@ class Engine:
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
-        if not self.enabled:
+        # what is on another device may belong to a model that is being moved
+        if not self.enabled or h.device != self.state.buffer.device:
             return
         h = h.detach()
         held = self._held_bytes + h.nbytes
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
-        if is_compiling() or held > self._room or self._inline[slot]:
+        if is_compiling():
             self._functions.capture_(self.state, slot, h)
+        # what torch.func's transforms run on is no batch, and does not outlive them
+        elif is_functorch_wrapped_tensor(h):
             return
-        self._held_bytes = held
-        self._held.append(h)
-        self._slots.append(slot)
-        self._versions.append(h._version)
+        elif held > self._room or self._inline[slot]:
+            # in the order of the forwards, on which a running mean depends
+            for earlier_slot, earlier in zip(*self._take_held(), strict=True):
+                self._functions.capture_(self.state, earlier_slot, earlier)
+            self._functions.capture_(self.state, slot, h)
+        else:
+            self._held_bytes = held
+            self._held.append(h)
+            self._slots.append(slot)
+            self._versions.append(h._version)
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
@@ -122,13 +133,8 @@ class Engine:
         Raises:
             RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
         """
-        state, held, slots = self.state, self._held, self._slots
-        if [h._version for h in held] != self._versions:
-            fresh = [h._version == v for h, v in zip(held, self._versions, strict=True)]
-            for slot, same in zip(slots, fresh, strict=True):
-                self._inline[slot] |= not same
-            held = [h for h, same in zip(held, fresh, strict=True) if same]
-            slots = [slot for slot, same in zip(slots, fresh, strict=True) if same]
+        state = self.state
+        slots, held = self._intact()
         if self.backend != "cpp":
             # the operator's own guards are cheaper, but other backends have none
             self._check_tensors()
@@ -173,6 +179,20 @@ class Engine:
     def finish(self) -> None:
         """End a step: what the forwards left has been used."""
         self._held, self._slots, self._versions, self._held_bytes = [], [], [], 0
+
+    def _intact(self) -> tuple[list[int], list[Tensor]]:
+        """Slots and activations held, less those that were changed in place since."""
+        if [h._version for h in self._held] == self._versions:
+            return self._slots, self._held
+        fresh = [h._version == v for h, v in zip(self._held, self._versions, strict=True)]
+        for slot, same in zip(self._slots, fresh, strict=True):
+            self._inline[slot] |= not same
+        return list(compress(self._slots, fresh)), list(compress(self._held, fresh))
+
+    def _take_held(self) -> tuple[list[int], list[Tensor]]:
+        taken = self._intact()
+        self.finish()
+        return taken
 
     def restore(self) -> None:
         """Take back what `select` did."""

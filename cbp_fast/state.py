@@ -220,7 +220,7 @@ class State:
         for g, group in enumerate(groups):
             if rule.name == "clarena":
                 # its first step is column j of the layer before, whatever that column means there
-                for name, module in groups[g - 1].incoming if g else ():
+                for name, module in group.preceding:
                     self._add_draw(g, name, module, axis=1)
                 for name, module in group.incoming:
                     self._add_draw(g, name, module, axis=0)

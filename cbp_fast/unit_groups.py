@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,8 @@ class ResolvedGroup:
         incoming: Qualified name and module of each layer that makes the units.
         outgoing: The same of each layer that reads them.
         norms: The same of each normalisation layer in between.
+        preceding: The same of each layer that makes the units which the incoming layers read; only the rule
+            "clarena" looks at them, and whoever has all groups sets them.
     """
 
     name: str
@@ -85,6 +87,7 @@ class ResolvedGroup:
     incoming: tuple[tuple[str, nn.Module], ...]
     outgoing: tuple[tuple[str, nn.Module], ...]
     norms: tuple[tuple[str, nn.Module], ...]
+    preceding: tuple[tuple[str, nn.Module], ...] = ()
 
 
 def resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
@@ -214,6 +217,9 @@ def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
     for name, module in incoming + outgoing + norms:
         _check_parameters(name, module, names)
 
+    for name, module in incoming + outgoing:
+        if not cast(torch.Tensor, module.weight).numel():
+            raise ValueError(f"{_label(name, module)} has a weight without elements")
     n, spatial = _width(incoming[0][1], 0), min(_LAYERS[_kind(module)] for _, module in incoming)
     for name, module in incoming:
         if _width(module, 0) != n:

@@ -377,7 +377,7 @@ def test_by_default_little_is_held(backend):
     assert first == 2 * 1024 * 256 * 4
     for _ in range(4):
         model(torch.randn(1024, 6))
-    assert first <= cbp._engine.held_bytes <= 4 * 2**20
+    assert cbp._engine.held_bytes <= 4 * 2**20
     cbp.step()
     assert cbp._engine.held_bytes == 0
 
