@@ -265,7 +265,6 @@ class State:
                 axis,
                 stream=stream_id(ref.name),
                 distribution=self.rule.distribution,
-                # kernels that compute in float32 see the bound rounded once from double
                 value=bound,
             )
         )

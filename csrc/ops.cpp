@@ -135,9 +135,8 @@ class Dims {
   const Dim& operator[](int i) const { return dims_[i]; }
 
  private:
-  static constexpr int MOST = MAX_AXES;
   int count_ = 0;
-  Dim dims_[MOST];
+  Dim dims_[MAX_AXES];
 };
 
 // f(offset) for every index of dims
@@ -270,8 +269,8 @@ void capture_(Tensor buffer, Tensor table, Tensor h, int64_t slot) {
   capture(plan, Fields(*plan.header, buffer.mutable_data_ptr()), slot, a);
 }
 
-// One weight as `planes` matrices [major, minor] that lie in memory alike: a convolution group each, or a kernel
-// position each. The minor axis is the one that neighbours in memory.
+// One weight as matrices [major, minor], of which the minor axis is the one whose elements are neighbours in memory:
+// one matrix for every convolution group and, where a row with its kernel positions is not dense, for every position.
 struct WeightView {
   const char* data;
   const SumKernels* kernels;

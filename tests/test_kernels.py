@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -72,6 +72,7 @@ firsts = st.one_of(st.integers(0, 200), st.integers(2**34 - 100, 2**34 + 100), s
 
 @settings(max_examples=60)
 @given(seed=seeds, step=words, stream=words, first=firsts, n=st.integers(1, 8))
+@example(seed=SEED, step=1, stream=2**31, first=2**34 - 4, n=8)
 def test_reference_draws_philox(philox, seed, step, stream, first, n):
     signed = seed if seed < 2**63 else seed - 2**64
     elements = torch.arange(first, first + n)
@@ -81,6 +82,8 @@ def test_reference_draws_philox(philox, seed, step, stream, first, n):
 
 @settings(max_examples=60)
 @given(seed=seeds, step=words, stream=words, first=firsts, n=st.integers(0, 300))
+@example(seed=SEED, step=1, stream=2**31, first=2**34 - 100, n=300)
+@example(seed=SEED, step=1, stream=2**31, first=2**34 - 39, n=80)
 def test_compiled_draws_are_those_of_the_reference(every_isa, seed, step, stream, first, n):
     signed = seed if seed < 2**63 else seed - 2**64
     elements = torch.arange(first, first + n)
@@ -590,6 +593,37 @@ def test_edges_of_runs_along_the_positions_of_a_convolution(shape, order, dtype)
         state = cbp._engine.state
         results[backend] = {name: getattr(state, name).clone() for name in ("count", "activation", "feature")}
     assert_same_bits(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("shape", [(2**18, 3), (3, 2**18)], ids=str)
+def test_long_sums_are_as_good_as_short_ones(shape, dtype):
+    # in one float32, 2 ** 18 times nearly 0.1 is off by a thousandth
+    rows, columns = shape
+    model = nn.Sequential(nn.Linear(1, columns), nn.Linear(columns, rows), nn.Linear(rows, 1)).to(dtype)
+    tenth = torch.tensor(0.1, dtype=dtype).item()
+    for p in model.parameters():
+        nn.init.constant_(p, tenth)
+    options = {"replacement_rate": 0.0, "decay_rate": 0.0, "backend": "cpp"}
+    cbp = ContinualBackprop(model, rule=Rule.gnt("adaptable_contribution"), **options)
+    cbp._engine.record(0, torch.full((2, columns), tenth, dtype=dtype) * torch.tensor([[0], [2]], dtype=dtype))
+    cbp._engine.record(1, torch.ones(2, rows, dtype=dtype) * torch.tensor([[0], [2]], dtype=dtype))
+    cbp.step()
+    # distances of 0 and 0.2 from 0.1, or of 0 and 2 from 1; all means over weights are 0.1
+    close = {"rtol": 4 * gamma(ADDITIONS, dtype), "atol": 0}
+    torch.testing.assert_close(cbp.utility["0"], torch.full((columns,), tenth), **close)
+    torch.testing.assert_close(cbp.utility["1"], torch.ones(rows), **close)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["features late", "samples late"])
+def test_long_sums_over_samples_are_as_good_as_short_ones(order):
+    model = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1))
+    cbp = ContinualBackprop(model, rule=Rule.nature(transfer_bias=True), backend="cpp", capture="inline")
+    h = torch.full((2**18, 3), 0.1).permute(order).contiguous().permute(order)
+    cbp._engine.record(0, h)
+    state, expected = cbp._engine.state, torch.full((3,), 2**18 * h[0, 0].item(), dtype=torch.float64)
+    for sums in (state.activation, state.feature):
+        torch.testing.assert_close(sums, expected, rtol=gamma(ADDITIONS, h.dtype), atol=0)
 
 
 @pytest.mark.parametrize("stride", [0, 1, 7])
