@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .engine import Engine
+from .engine import Engine, step_together
+from .optimizer_state import skipped
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
 
@@ -151,7 +152,8 @@ class ContinualBackprop:
             seed=seed,
         )
         self._model = model
-        self._waiting = set(range(len(self._optimizers)))
+        # of several optimizers: which have not stepped in this round, and which one ended the last round
+        self._waiting, self._last, self._stepped = set(range(len(self._optimizers))), -1, False
         self._hooks: list[RemovableHandle] = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
@@ -171,24 +173,21 @@ class ContinualBackprop:
             raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
         if not self.enabled:
             return
-        engine = self._engine
-        if engine.select():
-            engine.reinit(self._optimizers)
-        engine.finish()
+        step_together([self._engine], self._optimizers)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
             return
-        # a fused optimizer runs its hooks also where GradScaler made it skip the update
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
+        (which,) = (i for i, o in enumerate(self._optimizers) if o is optimizer)
+        self._waiting.discard(which)
+        self._stepped |= not skipped(optimizer)
+        # the round also ends with the optimizer that ended the last one: GradScaler can skip another without a word
+        if self._waiting and which != self._last:
             return
-        if len(self._optimizers) > 1:
-            self._waiting -= {i for i, o in enumerate(self._optimizers) if o is optimizer}
-            if self._waiting:
-                return
-            self._waiting = set(range(len(self._optimizers)))
-        self.step()
+        stepped = self._stepped
+        self._waiting, self._last, self._stepped = set(range(len(self._optimizers))), which, False
+        if stepped:
+            self.step()
 
     def remove(self) -> None:
         """Take all hooks off the model and the optimizers; the object keeps its statistics but works no more."""

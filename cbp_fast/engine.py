@@ -131,48 +131,51 @@ class Engine:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
 
         Raises:
-            RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
+            RuntimeError: a tensor is not what it was at attach; `restore` then takes back what was done.
         """
         state = self.state
         slots, held = self._intact()
+        state.backup.copy_(state.buffer)
         if self.backend != "cpp":
             # the operator's own guards are cheaper, but other backends have none
             self._check_tensors()
-        state.backup.copy_(state.buffer)
         try:
-            chosen = self._functions.select_(state, [owner[key] for owner, key in self._places], held, slots)
+            return self._functions.select_(state, [owner[key] for owner, key in self._places], held, slots)
         except Exception:
-            self.restore()
+            # the same complaint with the name of the tensor
             self._check_tensors()
             raise
-        return chosen
 
-    def reinit(self, optimizers: Sequence[Optimizer]) -> None:
-        """Re-initialise everything that belongs to the chosen units, and their entries in the optimizers' state."""
+    def collect(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
+        """Regions of the chosen units and their tensors, with their entries in the optimizers' state.
+
+        Raises:
+            RuntimeError: one of them is not what it was at attach, or cannot be reset.
+        """
         state = self.state
         reset = state.rule.reset_optimizer and state.rule.name != "clarena"
         chosen = state.num_chosen.tolist() if state.buffer.is_cpu else [1] * len(state.layouts)
         numbers: list[int] = []
         tensors: list[Tensor] = []
-        try:
-            for count, regions in zip(chosen, self._regions, strict=True):
-                for number in regions if count else ():
-                    region = state.regions[number]
-                    tensor = self._checked(region.ref)
-                    numbers.append(2 * number)
-                    tensors.append(tensor)
-                    if region.kind == TRANSFER:
-                        assert region.weight is not None
-                        tensors.append(self._checked(region.weight))
-                    elif reset and region.ref.is_parameter:
-                        slots = slots_of(optimizers, tensor)
-                        _check_slots(region.ref.name, tensor, slots)
-                        numbers += [2 * number + 1] * len(slots)
-                        tensors += slots
-            self._functions.reinit_(state, numbers, tensors)
-        except Exception:
-            self.restore()
-            raise
+        for count, regions in zip(chosen, self._regions, strict=True):
+            for number in regions if count else ():
+                region = state.regions[number]
+                tensor = self._checked(region.ref)
+                numbers.append(2 * number)
+                tensors.append(tensor)
+                if region.kind == TRANSFER:
+                    assert region.weight is not None
+                    tensors.append(self._checked(region.weight))
+                elif reset and region.ref.is_parameter:
+                    slots = slots_of(optimizers, tensor)
+                    _check_slots(region.ref.name, tensor, slots)
+                    numbers += [2 * number + 1] * len(slots)
+                    tensors += slots
+        return numbers, tensors
+
+    def reinit(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Re-initialise everything that belongs to the chosen units."""
+        self._functions.reinit_(self.state, numbers, tensors)
         # neither a compiled kernel nor a library implementation tells autograd that it wrote
         torch.autograd.graph.increment_version(tensors)
 
@@ -271,6 +274,31 @@ class Engine:
                     "detach with remove() and attach again"
                 )
         return tensor
+
+
+def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
+    """One step of several engines: all choose, then what they chose is re-initialised in order; all of it or nothing.
+
+    Raises:
+        RuntimeError: a tensor is not what it was at attach, or cannot be reset. Nothing has changed then.
+    """
+    selected: list[Engine] = []
+    try:
+        due = []
+        for engine in engines:
+            selected.append(engine)
+            if engine.select():
+                due.append(engine)
+        # what can be wrong is found here, before the first weight is written
+        collected = [engine.collect(optimizers) for engine in due]
+    except Exception:
+        for engine in selected:
+            engine.restore()
+        raise
+    for engine, (numbers, tensors) in zip(due, collected, strict=True):
+        engine.reinit(numbers, tensors)
+    for engine in engines:
+        engine.finish()
 
 
 def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:

@@ -12,36 +12,41 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .engine import Engine
+from .engine import Engine, step_together
+from .optimizer_state import skipped
 from .rules import Rule
 from .unit_groups import UnitGroup, resolve
 
-# layers that saw a forward, in the order of their first one
+# layers that saw a forward, in the order of their first one, and the optimizers that were seen to train each
 _layers: list[weakref.ref[_CBPLayer]] = []
+_trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """One step of all layers whose units this optimizer trains: every choice first, then what is re-initialised."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """One step of all layers for which this was the last of the optimizers that train their tensors."""
     _layers[:] = [ref for ref in _layers if ref() is not None]
-    layers = [layer for layer in (ref() for ref in _layers) if layer is not None and id(layer._weight) in trained]
-    chosen = []
-    try:
-        for layer in layers:
-            chosen.append(layer._engine.select())
-    except Exception:
-        for layer in layers[: len(chosen)]:
-            layer._engine.restore()
-        raise
-    for layer, count in zip(layers, chosen, strict=True):
-        if count:
-            layer._engine.reinit([optimizer])
-        layer._engine.finish()
+    if not _layers or skipped(optimizer):
+        return
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ready: list[_CBPLayer] = []
+    for layer in [layer for ref in _layers if (layer := ref()) is not None]:
+        if not any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
+            continue
+        trainers = _trainers.setdefault(layer, weakref.WeakSet())
+        trainers.add(optimizer)
+        waiting = _waiting.setdefault(layer, weakref.WeakSet(trainers))
+        waiting.discard(optimizer)
+        if not len(waiting):
+            _waiting[layer] = weakref.WeakSet(trainers)
+            ready.append(layer)
+    optimizers = {id(o): o for layer in ready for o in _trainers[layer]}
+    step_together([layer._engine for layer in ready], list(optimizers.values()))
 
 
 class _CBPLayer(nn.Module):
-    """What the two layers share; the group is `gnt`'s, and steps follow the optimizer that trains `in_layer`."""
+    """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
     _hooked = False
 
@@ -82,10 +87,6 @@ class _CBPLayer(nn.Module):
         if not _CBPLayer._hooked:
             register_optimizer_step_post_hook(_after_optimizer_step)
             _CBPLayer._hooked = True
-
-    @property
-    def _weight(self) -> Tensor | None:
-        return self._engine.state.regions[0].ref.get()
 
     @property
     def utility(self) -> Tensor:

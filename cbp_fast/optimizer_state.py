@@ -1,4 +1,4 @@
-"""Which tensors of an optimizer's state belong to a parameter, element by element."""
+"""What continual backprop asks of an optimizer: the state it keeps for a parameter, and whether it has stepped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def skipped(optimizer: Optimizer) -> bool:
+    """Whether the step that has just ended was none: a fused optimizer runs its hooks where GradScaler skips, too."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
 
 
 def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:

@@ -317,6 +317,15 @@ class State:
         for field in (self.count, self.activation, self.feature):
             field.zero_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # the views share the buffer's memory with other types, which a file cannot say; they are made anew
+        views = {"backup", *(name for name, _, _ in self._fields)}
+        return {key: value for key, value in self.__dict__.items() if key not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._view(self.buffer)
+
     def to(self, device: torch.device) -> None:
         """Move everything to `device`; the views are new tensors afterwards."""
         self._view(self.buffer.to(device))
