@@ -152,8 +152,8 @@ class ContinualBackprop:
             seed=seed,
         )
         self._model = model
-        # of several optimizers: which have not stepped in this round, and which one ended the last round
-        self._waiting, self._last, self._stepped = set(range(len(self._optimizers))), -1, False
+        # which of the optimizers are still to step in this round, and whether one has not skipped its update
+        self._waiting, self._stepped = set(range(len(self._optimizers))), False
         self._hooks: list[RemovableHandle] = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
@@ -181,11 +181,10 @@ class ContinualBackprop:
         (which,) = (i for i, o in enumerate(self._optimizers) if o is optimizer)
         self._waiting.discard(which)
         self._stepped |= not skipped(optimizer)
-        # the round also ends with the optimizer that ended the last one: GradScaler can skip another without a word
-        if self._waiting and which != self._last:
+        if self._waiting:
             return
         stepped = self._stepped
-        self._waiting, self._last, self._stepped = set(range(len(self._optimizers))), which, False
+        self._waiting, self._stepped = set(range(len(self._optimizers))), False
         if stepped:
             self.step()
 
@@ -224,7 +223,7 @@ class ContinualBackprop:
 
     @property
     def replacement_rate(self) -> float:
-        """Share of the mature units replaced each step; may be set between steps, as the next two."""
+        """Share of the mature units replaced each step; may be set between steps."""
         return self._engine.hyper["replacement_rate"]
 
     @replacement_rate.setter
@@ -233,7 +232,7 @@ class ContinualBackprop:
 
     @property
     def maturity_threshold(self) -> float:
-        """Steps for which a new unit is protected."""
+        """Steps for which a new unit is protected; may be set between steps."""
         return self._engine.hyper["maturity_threshold"]
 
     @maturity_threshold.setter
@@ -242,7 +241,7 @@ class ContinualBackprop:
 
     @property
     def decay_rate(self) -> float:
-        """Of the running utility."""
+        """Decay of the running utility a step; may be set between steps."""
         return self._engine.hyper["decay_rate"]
 
     @decay_rate.setter

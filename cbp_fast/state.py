@@ -14,7 +14,7 @@ from .rules import Rule
 from .unit_groups import ResolvedGroup
 
 DRAW, FILL, TRANSFER = range(3)
-# order is part of the table's layout, which csrc/ops.cpp reads
+# the order is part of the table's layout, which csrc/plan.h mirrors
 _ACTIVATION = (None, "magnitude", "centred")
 _OUTGOING = (None, "sum", "mean")
 _INCOMING = (None, "times_sum", "divide")
@@ -331,7 +331,7 @@ class State:
         self._view(self.buffer.to(device))
 
     def _pack(self, double: bool) -> Tensor:
-        """The int64 table that csrc/ops.cpp reads; its order is written there beside each struct."""
+        """The int64 table that the kernels walk; csrc/plan.h mirrors its order."""
         rule = self.rule
         score = 2 if rule.utility == "random" else 1 if rule.name == "clarena" else 0
         accrual = 2 if rule.name == "clarena" else 1 if rule.accrual == "all" else 0

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -46,7 +47,8 @@ const SumKernels& sum_kernels(ScalarType type) {
 
 int64_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// Scratch memory of the calling thread, kept from step to step: it grows with units and layers, not with weights.
+// Scratch memory of the calling thread, kept from step to step: it grows with units and layers, not with weights. Of
+// all that one thread makes, only the newest may be used.
 class Scratch {
  public:
   explicit Scratch(size_t doubles) {
@@ -368,6 +370,7 @@ void choose_all(const Plan& plan, const Fields& f, const Sums& sums, const std::
     }
     const Group& group = plan.groups[g];
     const int64_t n = group.units;
+    // not Scratch: the calling thread runs tasks too, and its own holds the sums
     static thread_local std::vector<double> memory;
     const size_t each = Scratch::size<double>(n);
     if (memory.size() < 4 * each) memory.resize(4 * each);

@@ -1,6 +1,7 @@
 // The table of cbp_fast/state.py (`State._pack`) and the byte buffer that it describes, as structs.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -37,7 +38,8 @@ struct Region {
   double value;
   int64_t slot, dims, size[MAX_DIMS];
 };
-static_assert(sizeof(Header) == 30 * 8 && sizeof(Weight) == 10 * 8 && sizeof(Region) == 15 * 8);
+static_assert(sizeof(Header) == 30 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 5 * 8 && sizeof(Weight) == 10 * 8 &&
+              sizeof(Region) == 15 * 8);
 
 struct Plan {
   const Header* header;

@@ -1,6 +1,7 @@
 // What is written when units are replaced. No torch; T is any type with conversions from and to float.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 

@@ -166,6 +166,63 @@ def test_state_dict_resumes_bit_for_bit(trained, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_whole_model_can_be_saved(trained, tmp_path):
+    model, _ = trained
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    for layer, copied in zip(layers(model), layers(twin), strict=True):
+        assert torch.equal(layer.age, copied.age)
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    train(twin, optimizer, 1)
+    assert all((layer.age <= copied.age + 31).all() for layer, copied in zip(layers(model), layers(twin), strict=True))
+    assert twin.cbp1._engine.state.weights[0].get() is twin.conv2.weight
+
+
+def two_layers(**options):
+    fc1, fc2, fc3 = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    one, two = CBPLinear(fc1, fc2, **options), CBPLinear(fc2, fc3, **options)
+    return nn.Sequential(fc1, nn.ReLU(), one, fc2, nn.ReLU(), two, fc3)
+
+
+def test_a_step_of_all_layers_happens_whole_or_not_at_all():
+    model = two_layers(replacement_rate=1.0, maturity_threshold=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    model(torch.randn(5, 4)).sum().backward()
+    model[3].bias = nn.Parameter(torch.zeros(9))
+    before = [model[0].weight.clone(), model[2].age.clone(), model[2].num_replaced]
+    with pytest.raises(RuntimeError, match=r"in_layer\.bias has shape \(9,\)"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[2].age, before[1])
+    assert model[2].num_replaced == before[2]
+
+
+def test_a_skipped_update_of_a_fused_optimizer_is_no_step():
+    model = two_layers(replacement_rate=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for found in (0.0, 1.0, 0.0):
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+    assert (model[2].age == 2).all()
+
+
+def test_with_two_optimizers_a_layer_steps_after_both():
+    model = two_layers(replacement_rate=1.0, maturity_threshold=1)
+    optimizers = [torch.optim.Adam(model[:2].parameters()), torch.optim.Adam(model[3:].parameters())]
+    for _ in range(6):
+        loss = model(torch.randn(5, 4)).square().sum()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    replaced = model[2].age == 0
+    assert replaced.any()
+    assert not model[3].weight[:, replaced][~(model[5].age == 0)].any()
+    assert not optimizers[1].state[model[3].weight]["exp_avg"][:, replaced].any()
+
+
 def test_layers_do_not_share_random_numbers():
     torch.manual_seed(0)
     draws = []
