@@ -71,7 +71,7 @@ class ContinualBackprop:
         model: the network. Its hidden units are found by tracing its forward once (see `find_unit_groups`), or given
             by `groups`.
         optimizer: the optimizer, or all of them, that train the model. A step of continual backprop follows once each
-            has stepped. Without one, call `step()` after your own update.
+            has stepped. Without one, call `step()` after your own update; it then knows no optimizer's state to reset.
         rule: "nature", "gnt", "clarena" or a `Rule`.
         replacement_rate: share of the mature units that is replaced each step, in [0, 1].
         maturity_threshold: steps for which a new unit is protected.
@@ -110,7 +110,7 @@ class ContinualBackprop:
         replacement_rate: float = 1e-4,
         maturity_threshold: float = 100,
         decay_rate: float = 0.99,
-        groups: Sequence[UnitGroup] | None = None,
+        groups: UnitGroup | Sequence[UnitGroup] | None = None,
         example_inputs: Any = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -128,6 +128,8 @@ class ContinualBackprop:
                 "several processes are not supported in this version: each would replace units of its own, and the "
                 "copies of the model would drift apart"
             )
+        if isinstance(groups, UnitGroup):
+            groups = [groups]
         found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
         resolved = _filtered(_in_forward_order([resolve(model, group) for group in found]), include, exclude)
         if not resolved:

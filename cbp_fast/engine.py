@@ -228,7 +228,13 @@ class Engine:
         state, own = self.state, self.state_dict()
         _check_keys("state_dict", state_dict, own)
         if state_dict["rule"] != own["rule"]:
-            raise ValueError(f"state_dict was saved with rule {state_dict['rule']!r}, this object has {own['rule']!r}")
+            theirs = state_dict["rule"] if isinstance(state_dict["rule"], Mapping) else {}
+            differ = [
+                f"{key}={theirs.get(key)!r}, not {mine!r}"
+                for key, mine in own["rule"].items()
+                if theirs.get(key) != mine
+            ]
+            raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ) or state_dict['rule']!r}")
         _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
         for name, mine in own["groups"].items():
             theirs = state_dict["groups"][name]

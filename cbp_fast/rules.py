@@ -25,9 +25,20 @@ INITS = ("kaiming", "default", "xavier", "lecun", "normal")
 class Rule:
     """What a step of continual backpropagation computes; make one with `nature`, `gnt` or `clarena`.
 
+    With A = mean abs(h), D = mean abs(h - h_hat), h_hat the unit's running mean, and w_out, w_in the means of abs(W) over
+    a unit's outgoing and incoming weights, the utilities y of `gnt` are
+
+        contribution            A * w_out
+        zero_contribution       D * w_out
+        adaptable_contribution  D * w_out / w_in
+        feature_by_input        D / w_in
+        weight                  w_out
+        adaptation              1 / w_in
+        random                  none: the score is drawn anew each step
+
     Attributes:
         name: "nature", "gnt" or "clarena".
-        utility: the instantaneous utility y of a unit, one of `Rule.UTILITIES`.
+        utility: one of these, for `gnt`.
         init: distribution of re-drawn incoming weights, one of `INITS`; `clarena` draws from U[0, 1).
         act: activation function whose gain `init` uses, as `torch.nn.init.calculate_gain` names it; not detected.
         accumulate: keep the fraction of a unit that is due for the next step; otherwise a coin decides on it.
