@@ -25,8 +25,8 @@ INITS = ("kaiming", "default", "xavier", "lecun", "normal")
 class Rule:
     """What a step of continual backpropagation computes; make one with `nature`, `gnt` or `clarena`.
 
-    With A = mean abs(h), D = mean abs(h - h_hat), h_hat the unit's running mean, and w_out, w_in the means of abs(W) over
-    a unit's outgoing and incoming weights, the utilities y of `gnt` are
+    With A = mean abs(h), D = mean abs(h - h_hat), h_hat a unit's running mean, and w_out, w_in the means of abs(W) over
+    its outgoing and incoming weights, the utilities y of `gnt` are
 
         contribution            A * w_out
         zero_contribution       D * w_out
