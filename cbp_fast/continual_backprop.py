@@ -325,7 +325,8 @@ def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optim
     for o in optimizers:
         if not isinstance(o, Optimizer):
             raise TypeError(f"optimizer holds a {type(o).__name__}, must be torch.optim.Optimizer objects")
-    return optimizers
+    # one that is given twice steps once
+    return list({id(o): o for o in optimizers}.values())
 
 
 def _in_forward_order(groups: Sequence[ResolvedGroup]) -> list[ResolvedGroup]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .ops import BACKENDS, backend_for
 from .optimizer_state import slots_of
 from .rules import Rule
-from .state import TRANSFER, State, TensorRef
+from .state import DTYPES, TRANSFER, State, TensorRef
 from .unit_groups import ResolvedGroup
 
 # what "auto" may hold of activations beyond their backward pass; what comes after is summed at once
@@ -309,10 +309,10 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
 
 def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:
     for slot in slots:
-        if slot.device != parameter.device or slot.layout != torch.strided:
+        if slot.device != parameter.device or slot.layout != torch.strided or slot.dtype not in DTYPES:
             raise RuntimeError(
-                f"the optimizer keeps state of {name} as a {slot.layout} tensor on {slot.device}; to be reset it must "
-                f"be dense and on {parameter.device}"
+                f"the optimizer keeps state of {name} as a {slot.layout} tensor of {slot.dtype} on {slot.device}; to "
+                f"be reset it must be dense, of 16 to 64 bits and on {parameter.device}"
             )
 
 

@@ -19,7 +19,8 @@ _ACTIVATION = (None, "magnitude", "centred")
 _OUTGOING = (None, "sum", "mean")
 _INCOMING = (None, "times_sum", "divide")
 _DISTRIBUTION = ("uniform", "normal", "unit")
-_DTYPE_CODE = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+# torch's numbers for the types of tensors that can be read and set
+DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 MAX_DIMS = 5
 
 
@@ -370,7 +371,7 @@ class State:
         dims = lambda shape: [len(shape), *shape, *(1,) * (MAX_DIMS - len(shape))]  # noqa: E731
         groups = {slot.weight: getattr(slot.module, "groups", 1) for slot in self.slots}
         for i, ref in enumerate(self.weights):
-            table += [_DTYPE_CODE[ref.dtype], *dims(ref.shape), groups.get(i, 1)]
+            table += [DTYPES[ref.dtype], *dims(ref.shape), groups.get(i, 1)]
             table += [int(self.reads_rows[i]), int(self.reads_columns[i])]
         for r in self.regions:
             (value,) = struct.unpack("q", struct.pack("d", r.value))

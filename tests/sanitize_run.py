@@ -110,7 +110,7 @@ def run_group(rng, steps):
                 h = h.to(shape.activations)
                 engine.record(slot, strewn(rng, h) if backend == "cpp" and h.numel() else h)
             if engine.select():
-                engine.reinit([optimizer])
+                engine.reinit(*engine.collect([optimizer]))
             engine.finish()
             (chosen,) = engine.state.num_chosen.tolist()
             state = [getattr(engine.state, name).clone() for name in FIELDS] + [engine.state.chosen[:chosen].clone()]

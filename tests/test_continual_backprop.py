@@ -525,6 +525,14 @@ def test_of_several_optimizers_the_last_to_step_is_followed(backend):
     assert steps == [0, 0, 0, 0, 1, 1, 1, 1, 2]
 
 
+def test_an_optimizer_given_twice_is_one(backend):
+    model = mlp()
+    optimizer = momentum(model)
+    cbp = ContinualBackprop(model, [optimizer, optimizer], backend=backend)
+    Stream(model, optimizer).train(3)
+    assert cbp.state_dict()["step"] == 3
+
+
 def test_state_of_several_optimizers_is_reset(backend):
     model = mlp()
     optimizers = [torch.optim.Adam(model[:2].parameters()), torch.optim.SGD(model[2:].parameters(), 0.1, momentum=0.9)]
@@ -887,8 +895,12 @@ def test_a_weight_set_anew_is_followed(backend):
 
 @pytest.mark.parametrize(
     "slot",
-    [lambda p: torch.ones(p.shape, device="meta"), lambda p: torch.ones(p.shape).to_sparse()],
-    ids=["another device", "sparse"],
+    [
+        lambda p: torch.ones(p.shape, device="meta"),
+        lambda p: torch.ones(p.shape).to_sparse(),
+        lambda p: torch.ones(p.shape).to(torch.float8_e4m3fn),
+    ],
+    ids=["another device", "sparse", "float8"],
 )
 def test_an_optimizer_state_that_cannot_be_zeroed_stops_the_step_before_it_began(backend, everything, slot):
     model = mlp()

@@ -42,8 +42,8 @@ FIELDS = (
     "age",
     "num_chosen",
 )
-# partial sums are handed on to double after at most 512 / 4 additions a lane and a tree of four (columns), or after
-# 2048 / 16 additions a lane and a tree of four (rows); some more for the terms themselves
+# partial sums are handed on to double after at most 512 rows (columns), or after 2048 / 16 additions a lane and a tree
+# of four (rows); some more for the terms themselves
 ADDITIONS = 128 + 4 + 8
 
 
@@ -381,7 +381,7 @@ def check_step_on_whole_numbers(case):
         assert_same_state(mine.engine.state, expected.engine.state, "after the choice")
         for bench in benches:
             if chosen[0]:
-                bench.engine.reinit([bench.optimizer])
+                bench.engine.reinit(*bench.engine.collect([bench.optimizer]))
             bench.engine.finish()
         assert_same_state(mine.engine.state, expected.engine.state, "after re-initialisation")
         for (name, a), b in zip(mine.model.named_parameters(), expected.model.parameters(), strict=True):
