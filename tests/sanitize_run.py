@@ -12,7 +12,7 @@ from cbp_fast import _C, ContinualBackprop, Rule, UnitGroup
 from cbp_fast.engine import Engine
 from cbp_fast.unit_groups import resolve
 
-GROUPS = 400
+GROUPS = 1000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RULES = [

@@ -2,7 +2,7 @@
 
 import math
 import resource
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,7 +20,7 @@ from cbp_fast.unit_groups import resolve
 SEED = 0x9E3779B97F4A7C15
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-CONVOLUTIONS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RULES = {
     "nature": Rule.nature(),
     "nature transfer": Rule.nature(transfer_bias=True),
@@ -212,9 +212,10 @@ class Case:
     weights: tuple[Layout, ...]
     inputs: Layout
     slots: Layout
-    hyper: dict[str, float] = field(hash=False)
-    deferred: bool = False
-    numbers: int = 0
+    hyper: dict[str, float]
+    deferred: bool
+    spoilt: bool  # some numbers are not finite
+    numbers: int
 
 
 SIZES = (1, 2, 3, 4, 5, 15, 16, 17, 31, 33)
@@ -233,11 +234,9 @@ def cases(draw, powers_of_two=False):
         fits = [g for g in (1, 2, 3, 4) if units % g == 0 and fan_out % g == 0 and not g == units > 1]
         conv_groups = draw(st.sampled_from(fits))
     lengths = (1, 2, 4) if powers_of_two else (1, 2, 3, 5, 7)
-    samples = tuple(draw(st.sampled_from(lengths)) for _ in range(dims + draw(st.integers(not dims, 2 if dims else 3))))
-    if dims:
-        # a convolution has one batch axis or none
-        samples = samples[: dims + 1]
-    if len(samples) > dims and draw(st.integers(0, 9)) == 0:
+    batch_axes = draw(st.integers(0, 1 if dims else 3))
+    samples = tuple(draw(st.sampled_from(lengths)) for _ in range(batch_axes + dims))
+    if batch_axes and draw(st.integers(0, 9)) == 0:
         samples = (0, *samples[1:])
     producers, readers = draw(st.sampled_from((1, 1, 2))), draw(st.sampled_from((1, 1, 2)))
     reader_dims, producer_dims = 2 + dims, 2 + spatial
@@ -269,57 +268,69 @@ def cases(draw, powers_of_two=False):
             "decay_rate": 0.0 if rule.keeps_mean else draw(st.sampled_from((0.0, 0.5, 0.9, 0.99))),
         },
         deferred=draw(st.booleans()),
+        spoilt=draw(st.sampled_from((False, False, True))),
         numbers=draw(st.integers(0, 2**31)),
     )
+
+
+class Numbers:
+    """Numbers for tensors, the same for every object made with the same seed."""
+
+    def __init__(self, seed, spoilt=False):
+        self.generator, self.spoilt = torch.Generator().manual_seed(seed), spoilt
+
+    def any(self, shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def whole(self, shape, bad=(math.inf, -math.inf)):
+        values = torch.randint(-4, 5, tuple(shape), generator=self.generator).double()
+        if self.spoilt:
+            for value in bad:
+                values[torch.rand(shape, generator=self.generator) < 0.01] = value
+        return values
 
 
 class Bench:
     """One case in one backend: a group of its own with momentum in an optimizer."""
 
-    def __init__(self, case, backend, dtype=None, laid_out=True, **hyper):
-        self.case, self.memories, self.engine = case, [], None
+    def __init__(self, case, backend, dtype=None, **hyper):
+        self.case, self.memories, self.laid_out = case, [], backend == "cpp"
         dtype = dtype or case.dtype
-        conv = CONVOLUTIONS[case.spatial]
-
-        def layer(kind, *shape, **options):
-            return kind(*shape, dtype=dtype, **options)
-
-        if conv is None:
-            producers = [layer(nn.Linear, case.fan_in, case.units) for _ in range(case.producers)]
-        else:
-            producers = [layer(conv, case.fan_in, case.units, case.kernel) for _ in range(case.producers)]
-        width = case.units * case.columns
-        if conv is None or case.flattened:
-            readers = [layer(nn.Linear, width, case.fan_out) for _ in range(case.readers)]
-        else:
-            options = {"groups": case.conv_groups}
-            readers = [layer(conv, width, case.fan_out, case.kernel, **options) for _ in range(case.readers)]
-        self.norm = None
+        kind, width = CONVOLUTIONS[case.spatial], case.units * case.columns
+        kernel = {"kernel_size": case.kernel} if case.spatial else {}
+        producers = [kind(case.fan_in, case.units, dtype=dtype, **kernel) for _ in range(case.producers)]
+        if case.flattened:
+            kind, kernel = nn.Linear, {}
+        elif case.spatial:
+            kernel["groups"] = case.conv_groups
+        readers = [kind(width, case.fan_out, dtype=dtype, **kernel) for _ in range(case.readers)]
+        norms = []
         if case.rule != "clarena":
-            self.norm = nn.LayerNorm(width, dtype=dtype) if case.columns > 1 else nn.GroupNorm(1, width, dtype=dtype)
-        self.layers, self.readers = producers + readers, readers
+            norms = [nn.LayerNorm(width, dtype=dtype) if case.columns > 1 else nn.GroupNorm(1, width, dtype=dtype)]
+        self.layers = producers + readers
         for module, layout in zip(self.layers, case.weights, strict=True):
-            if laid_out:
-                weight, memory = layout.place(module.weight.detach())
-                self.memories.append((memory, weight.numel()))
-                module.weight = nn.Parameter(weight)
-        self.model = nn.ModuleList([*self.layers, *([self.norm] if self.norm else [])])
+            module.weight = nn.Parameter(self.place(layout, module.weight.detach()))
+        self.model = nn.ModuleList([*self.layers, *norms])
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
         for p in self.model.parameters():
             slot = torch.empty_like(p)
-            if laid_out and p.shape == readers[0].weight.shape:
-                slot, memory = case.slots.place(slot)
-                self.memories.append((memory, slot.numel()))
+            slot = self.place(case.slots, slot) if p.shape == readers[0].weight.shape else slot
             self.optimizer.state[p]["momentum_buffer"] = slot
-        group = UnitGroup("g", producers, readers, [self.norm] if self.norm else [])
         self.engine = Engine(
             RULES[case.rule],
-            [resolve(self.model, group)],
+            [resolve(self.model, UnitGroup("g", producers, readers, norms))],
             backend=backend,
             capture="deferred" if case.deferred else "inline",
             seed=SEED,
             **{**case.hyper, **hyper},
         )
+
+    def place(self, layout, values):
+        if not self.laid_out:
+            return values.contiguous()
+        tensor, memory = layout.place(values)
+        self.memories.append((memory, values.numel()))
+        return tensor
 
     def fill(self, numbers):
         """The same numbers for every bench of a case: parameters and momenta."""
@@ -328,35 +339,19 @@ class Bench:
                 p.copy_(numbers(p.shape))
                 self.optimizer.state[p]["momentum_buffer"].copy_(numbers(p.shape))
 
-    def record(self, step, numbers, dtype=None, laid_out=True):
+    def record(self, step, numbers):
         case = self.case
-        features = case.units * case.columns
-        batch, spatial = case.samples, ()
-        if case.spatial and not case.flattened:
-            at = len(case.samples) - case.spatial
-            batch, spatial = case.samples[:at], case.samples[at:]
+        at = len(case.samples) - (0 if case.flattened else case.spatial)
+        shape = (*case.samples[:at], case.units * case.columns, *case.samples[at:])
         for slot in range(case.readers):
             for _ in range(case.forwards[step * case.readers + slot]):
-                h = numbers((*batch, features, *spatial)).to(case.activations)
+                h = numbers(shape, bad=(math.inf, math.nan)).to(case.activations)
                 if case.inputs.repeated is not None and h.numel():
-                    h = h.narrow(case.inputs.repeated, 0, 1).expand(h.shape)
-                h = h if dtype is None else h.to(dtype)
-                self.engine.record(slot, case.inputs.place(h)[0] if laid_out else h.contiguous())
+                    h = h.narrow(case.inputs.repeated, 0, 1).expand(shape)
+                self.engine.record(slot, case.inputs.place(h)[0] if self.laid_out else h)
 
     def untouched_gaps(self):
         return all(memory.isnan().sum() == memory.numel() - used for memory, used in self.memories)
-
-
-class Numbers:
-    """Numbers for tensors, the same for every object made with the same seed."""
-
-    def __init__(self, seed, whole):
-        self.generator, self.whole = torch.Generator().manual_seed(seed), whole
-
-    def __call__(self, shape):
-        if self.whole:
-            return torch.randint(-4, 5, tuple(shape), generator=self.generator).double()
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
 
 def assert_same_state(mine, expected, context):
@@ -370,12 +365,12 @@ def assert_same_state(mine, expected, context):
 
 def check_step_on_whole_numbers(case):
     """Sums of small integers do not round: the compiled step has the bits of the reference's."""
-    mine, expected = Bench(case, "cpp"), Bench(case, "reference", laid_out=False)
-    benches = {mine: Numbers(case.numbers, whole=True), expected: Numbers(case.numbers, whole=True)}
+    mine, expected = Bench(case, "cpp"), Bench(case, "reference")
+    benches = {bench: Numbers(case.numbers, case.spoilt) for bench in (mine, expected)}
     for step in range(len(case.forwards) // case.readers):
         for bench, numbers in benches.items():
-            bench.fill(numbers)
-            bench.record(step, numbers, laid_out=bench is mine)
+            bench.fill(numbers.whole)
+            bench.record(step, numbers.whole)
         chosen = [bench.engine.select() for bench in benches]
         assert chosen[0] == chosen[1]
         assert_same_state(mine.engine.state, expected.engine.state, "after the choice")
@@ -400,14 +395,14 @@ test_many_steps_on_whole_numbers = pytest.mark.slow(
 def check_utility_from_sums(case):
     """From the same sums over activations, the utility is as near the one in float64 as sums of weights allow."""
     rule, hyper = RULES[case.rule], {"replacement_rate": 0.0, "maturity_threshold": 1, "decay_rate": 0.9}
-    mine, exact = Bench(case, "cpp", **hyper), Bench(case, "reference", torch.float64, laid_out=False, **hyper)
+    mine, exact = Bench(case, "cpp", **hyper), Bench(case, "reference", torch.float64, **hyper)
     generator = torch.Generator().manual_seed(case.numbers)
     count = torch.tensor(case.forwards[: case.readers])
     columns = count.repeat_interleave(case.units * case.columns)
     activation = torch.rand(columns.shape, generator=generator, dtype=torch.float64) * columns
     prior = torch.rand(case.units, generator=generator)
     for bench in (mine, exact):
-        bench.fill(Numbers(case.numbers, whole=False))
+        bench.fill(Numbers(case.numbers).any)
         state = bench.engine.state
         state.count.copy_(count)
         state.activation.copy_(activation)
@@ -472,9 +467,9 @@ def forwards(draw):
 def check_activation_sums(case):
     """Sums over activations are as near those in float64 as their additions allow, whatever lies in memory where."""
     features = case.units * case.columns
-    conv = CONVOLUTIONS[max(case.spatial, int(case.columns > 1))]
-    incoming = conv(1, case.units, 1) if conv else nn.Linear(1, case.units)
-    reader = CONVOLUTIONS[case.spatial](features, 1, 1) if case.spatial else nn.Linear(features, 1)
+    kind = max(case.spatial, int(case.columns > 1))
+    incoming = CONVOLUTIONS[kind](1, case.units, *[1] * (kind > 0))
+    reader = CONVOLUTIONS[case.spatial](features, 1, *[1] * (case.spatial > 0))
     model = nn.ModuleList([incoming, reader])
     rule = Rule.gnt("zero_contribution" if case.centred else "contribution", transfer_bias=True)
     options = {"replacement_rate": 0.0, "maturity_threshold": 0, "decay_rate": 0.9, "seed": 0, "capture": "inline"}
@@ -568,7 +563,7 @@ def test_edges_of_blocks(outputs, inputs, transposed, dtype):
         if transposed:
             middle = chain.model[1]
             middle.weight = nn.Parameter(middle.weight.detach().T.contiguous().T)
-        numbers = Numbers(0, whole=True)
+        numbers = Numbers(0).whole
         chain.fill(numbers)
         results[backend] = chain.step(numbers, 512)
     assert_same_bits(results)
@@ -583,7 +578,7 @@ def test_edges_of_blocks(outputs, inputs, transposed, dtype):
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 16, 33, 63), (65, 5, 1, 128), (4, 2, 2049, 1)], ids=str)
 def test_edges_of_runs_along_the_positions_of_a_convolution(shape, order, dtype):
     # whole numbers, and powers of two of them: exact
-    h = Numbers(0, whole=True)(shape).to(dtype).permute(order).contiguous().permute(tuple(np.argsort(order)))
+    h = Numbers(0).whole(shape).to(dtype).permute(order).contiguous().permute(tuple(np.argsort(order)))
     results = {}
     for backend in ("cpp", "reference"):
         model = nn.Sequential(nn.Conv2d(1, shape[1], 1), nn.Conv2d(shape[1], 1, 1))
@@ -682,7 +677,7 @@ def test_same_bits_on_every_instruction_set_and_number_of_threads(outputs, input
     results = {}
     for machine in settings_of_a_machine():
         chain = Chain("cpp", inputs, outputs, dtype, decay_rate=0.9)
-        numbers = Numbers(1, whole=False)
+        numbers = Numbers(1).any
         chain.fill(numbers)
         for _ in range(4):
             chain.step(numbers, samples)
@@ -703,7 +698,7 @@ def test_same_bits_for_convolutions(memory_format, dtype):
         model = model.to(memory_format=memory_format)
         options = {"replacement_rate": 0.1, "maturity_threshold": 0, "backend": "cpp", "seed": SEED}
         cbp = ContinualBackprop(model, rule=Rule.gnt("adaptable_contribution"), **options)
-        numbers = Numbers(2, whole=False)
+        numbers = Numbers(2).any
         for p in model.parameters():
             p.data.copy_(numbers(p.shape))
         h = numbers((4, 96, 19, 21)).to(dtype).contiguous(memory_format=memory_format)

@@ -371,8 +371,9 @@ def test_scores_compare_as_float32(backend):
 
 
 def test_a_float64_score_beyond_float32_is_the_last_of_the_candidates(backend):
-    units = Units(backend, 3, replacement_rate=0.7)
-    assert units.step(1e300, 1e200, 1e30) == [2, 0]
+    units = Units(backend, 4, replacement_rate=1)
+    # the two of them are equal, but come before what is no candidate
+    assert units.step(NAN, 1e300, 1e200, 1e30) == [3, 1, 2]
 
 
 def test_minus_zero_is_zero(backend):
