@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .engine import Engine, step_together
 from .optimizer_state import skipped
 from .rules import Rule
-from .unit_groups import ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
+from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
 
 
 class _Recorder:
@@ -139,10 +139,7 @@ class ContinualBackprop:
         _check_clarena(self.rule, resolved)
         _check_not_attached(resolved)
         _check_optimizers(self._optimizers, resolved)
-        self.groups = [
-            UnitGroup(r.name, *(tuple(n for n, _ in part) for part in (r.incoming, r.outgoing, r.norms)))
-            for r in resolved
-        ]
+        self.groups = [group.unit_group() for group in resolved]
         self._engine = Engine(
             self.rule,
             resolved,
@@ -296,11 +293,12 @@ class ContinualBackprop:
         engine = self._engine
         rows: list[tuple[str, ...]] = [("group", "units", "incoming", "norms", "outgoing")]
         for group, layout in zip(self.groups, engine.state.layouts, strict=True):
-            outgoing = ", ".join(map(str, group.outgoing))
+            incoming, outgoing, norms = (
+                ", ".join(map(_name_of, p)) for p in (group.incoming, group.outgoing, group.norms)
+            )
             if layout.columns_per_unit > 1:
                 outgoing += f" ({layout.columns_per_unit} columns a unit)"
-            parts = (", ".join(map(str, names)) or "-" for names in (group.incoming, group.norms))
-            rows.append((group.name, str(layout.num_units), *parts, outgoing))
+            rows.append((group.name, str(layout.num_units), incoming, norms or "-", outgoing))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
@@ -317,6 +315,11 @@ class ContinualBackprop:
         raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
 
 
+def _name_of(layer: str | nn.Module | Part) -> str:
+    """A layer as the table of groups names it: a part by the index of unit 0."""
+    return f"{layer.layer}[{layer.start}:]" if isinstance(layer, Part) else str(layer)
+
+
 def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if not isinstance(optimizers, Iterable):
@@ -331,9 +334,9 @@ def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optim
 
 def _in_forward_order(groups: Sequence[ResolvedGroup]) -> list[ResolvedGroup]:
     """Groups whose readers make the units of another go before it; each is told which layers precede its own."""
-    makers = [{module for _, module in group.incoming} for group in groups]
+    makers = [{member.module for member in group.incoming} for group in groups]
     before = [
-        [other for other in groups if other is not group and any(module in made for _, module in other.outgoing)]
+        [other for other in groups if other is not group and any(member.module in made for member in other.outgoing)]
         for group, made in zip(groups, makers, strict=True)
     ]
     waiting, ordered = list(range(len(groups))), []
@@ -370,13 +373,13 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
     if rule.name != "clarena":
         return
     for group in groups:
-        convolutions = [n for n, m in (*group.incoming, *group.outgoing) if not isinstance(m, nn.Linear)]
-        if convolutions or group.columns_per_unit > 1:
+        members = (*group.incoming, *group.outgoing)
+        if not all(isinstance(member.module, nn.Linear) for member in members) or group.columns_per_unit > 1:
             raise ValueError(
                 f"rule 'clarena' is defined for linear layers only, and group '{group.name}' has convolutions; "
                 "use rule='nature', or exclude= the group"
             )
-        for name, module in group.preceding:
+        for name, module, _ in group.preceding:
             inputs = cast(Tensor, module.weight).shape[1]
             if inputs < group.num_units:
                 raise ValueError(
@@ -387,7 +390,7 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
 
 def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
     for group in groups:
-        for name, module in group.outgoing:
+        for name, module, _ in group.outgoing:
             if any(isinstance(h, _Recorder) and h.engine is not None for h in module._forward_pre_hooks.values()):
                 raise ValueError(f"'{name}' has a ContinualBackprop attached already; call its remove() first")
 
@@ -395,7 +398,7 @@ def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
 def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
     known = {id(p) for o in optimizers for param_group in o.param_groups for p in param_group["params"]}
     for group in groups if optimizers else ():
-        for name, module in (*group.incoming, *group.outgoing):
+        for name, module, _ in (*group.incoming, *group.outgoing):
             if id(module.weight) not in known:
                 raise ValueError(
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "

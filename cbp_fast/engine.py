@@ -323,7 +323,7 @@ def _plain(value: object) -> object:
 def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     names: dict[torch.device, str] = {}
     for group in groups:
-        for name, module in (*group.incoming, *group.outgoing, *group.norms):
+        for name, module, _ in (*group.incoming, *group.outgoing, *group.norms):
             for tensor in module.parameters(recurse=False):
                 names.setdefault(tensor.device, name)
     if len(names) > 1:
