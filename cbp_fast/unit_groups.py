@@ -452,7 +452,7 @@ def _norm_shape(norm: Any) -> tuple[int, ...]:
 
 
 def _rows_per_unit(name: str, layer: nn.Module, n: int, first: str) -> int:
-    """Rows of a producer for each of the n units that `first` makes: more than one only for a depthwise convolution of the units."""
+    """Rows of a producer for each of the n units that `first` makes; more than one only of a depthwise convolution."""
     width = make_width(layer)
     if width != n and not (_is_depthwise(layer) and width % n == 0):
         raise ValueError(f"'{first}' makes {n} units but '{name}' makes {width}")
