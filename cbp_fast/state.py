@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,7 +180,7 @@ class State:
         size = sum(dtype.itemsize * n for _, dtype, n in self._fields)
         self._view(torch.zeros(size, dtype=torch.uint8, device=device))
         self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
-        self.plan = self._pack(double)
+        self.plan = self._pack()
 
     @staticmethod
     def _group_weights(groups: Iterable[ResolvedGroup]) -> Iterable[TensorRef]:
@@ -260,14 +260,40 @@ class State:
                 self._add_fill(g, member, "weight", 0.0, axis=axis, conv_groups=conv_groups)
 
     def _add_draw(self, group: int, member: Member, axis: int) -> None:
-        ref, module = _weight_ref(member), member.module
-        # as PyTorch counts it: a transposed convolution's weight is [in, out, ...], and still axis 1 is taken
-        fan_in = ref.shape[1:].numel() if spatial_axes(module) else read_width(module)
-        bound = self.rule.bound(fan_in, make_width(module), convolution=spatial_axes(module) > 0)
-        stream, distribution = stream_id(ref.name), self.rule.distribution
+        ref, module, rule = _weight_ref(member), member.module, self.rule
+        distribution = rule.distribution
+        if rule.init == "as_attached":
+            tensor = ref.get()
+            assert tensor is not None
+            value = float(tensor.detach().double().std(correction=0))
+        elif isinstance(module, nn.Embedding):
+            # as PyTorch draws it
+            distribution, value = "normal", 1.0
+        else:
+            # as PyTorch counts it: a transposed convolution's weight is [in, out, ...], and still axis 1 is taken
+            fan_in = ref.shape[1:].numel() if spatial_axes(module) else read_width(module)
+            value = rule.bound(fan_in, make_width(module), convolution=spatial_axes(module) > 0)
+        stream = stream_id(ref.name)
         self.regions.append(
-            Region(DRAW, group, ref, axis, member.block, stream=stream, distribution=distribution, value=bound)
+            Region(DRAW, group, ref, axis, member.block, stream=stream, distribution=distribution, value=value)
         )
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """By name, the standard deviation with which each weight is drawn anew, where that was measured at attach."""
+        if self.rule.init != "as_attached":
+            return {}
+        return {region.ref.name: region.value for region in self.regions if region.kind == DRAW}
+
+    @deviations.setter
+    def deviations(self, values: Mapping[str, float]) -> None:
+        self.regions = [
+            region._replace(value=values[region.ref.name])
+            if region.kind == DRAW and region.ref.name in values
+            else region
+            for region in self.regions
+        ]
+        self.plan = self._pack()
 
     def _add_fill(
         self, group: int, member: Member, key: str, value: float, axis: int = 0, conv_groups: int = 1
@@ -332,7 +358,7 @@ class State:
         """Move everything to `device`; the views are new tensors afterwards."""
         self._view(self.buffer.to(device))
 
-    def _pack(self, double: bool) -> Tensor:
+    def _pack(self) -> Tensor:
         """The int64 table that the kernels walk; csrc/plan.h mirrors its order."""
         rule = self.rule
         score = 2 if rule.utility == "random" else 1 if rule.name == "clarena" else 0
@@ -346,7 +372,7 @@ class State:
             sum(len(layout.incoming) for layout in self.layouts),
             self.layouts[-1].units.stop,
             self.slots[-1].columns.stop,
-            8 if double else 4,
+            self.utility.element_size(),
             _ACTIVATION.index(rule.activation),
             int(rule.keeps_mean),
             _OUTGOING.index(rule.outgoing),
