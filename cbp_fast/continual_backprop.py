@@ -186,7 +186,8 @@ class ContinualBackprop(Joinable):
             raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
         if not self.enabled:
             return
-        notify_join(self)
+        if self._engine.processes is not None:
+            notify_join(self)
         step_together([self._engine], self._optimizers)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -64,6 +64,11 @@ class Processes:
         dist.all_reduce(flat, group=self.group)
 
 
+def several_processes() -> bool:
+    """Whether PyTorch runs in more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -189,8 +194,7 @@ def _tensor_parallel(model: nn.Module) -> dict[Tensor, range]:
 
 def notify_join(joinable: Joinable) -> None:
     """Tell processes without data, in `torch.distributed.algorithms.Join`, that this one takes a step."""
-    if dist.is_available():
-        Join.notify_join_context(joinable)
+    Join.notify_join_context(joinable)
 
 
 def join_hook_of(processes: Processes | None, state: State) -> JoinHook:

@@ -113,7 +113,7 @@ class Engine:
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
-        if is_dtensor(h):
+        if type(h) is not Tensor and is_dtensor(h):
             h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
         # what is on another device may belong to a model that is being moved
         if not self.enabled or h.device != self.state.buffer.device:

@@ -16,8 +16,8 @@ struct Target {
   int64_t size[MAX_DIMS], stride[MAX_DIMS], first[MAX_DIMS], whole[MAX_DIMS];
 };
 
-// f(offset, element, n, stride) for every run of elements that unit j owns here: `n` elements with consecutive row-major
-// numbers in the whole tensor from `element` on, `stride` apart in memory from `offset` on
+// f(offset, element, n, stride) for every run of elements that unit j owns here: `n` elements with consecutive
+// row-major numbers in the whole tensor from `element` on, `stride` apart in memory from `offset` on
 template <typename F>
 void for_each_run(const Target& t, const Region& region, int64_t j, const F& f) {
   // how far apart the numbers of neighbours along an axis are

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 240
+# imported once, for all processes of a session; the optimizer would import the compiler at its first step
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "cbp_fast"]
 
 
 def _run(function, rank, size, folder, args):
@@ -19,8 +21,9 @@ def _run(function, rank, size, folder, args):
     try:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
         result = function(rank, size, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except Exception:
         result = traceback.format_exc()
         torch.save((False, result), f"{folder}/{rank}")
@@ -32,7 +35,7 @@ def _run(function, rank, size, folder, args):
 def launch(size, function, *args, folder):
     """Results by rank; None for a process that left none, because it was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "cbp_fast"])
+    context.set_forkserver_preload(PRELOADED)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -7,8 +7,6 @@ import torch
 from processes import run
 from training import ONE_PROCESS, Run, differences, train
 
-from cbp_fast import Rule
-
 WAYS = [
     ("ddp", 2, (12, 8)),
     ("fsdp", 2, (12, 8)),

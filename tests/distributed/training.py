@@ -26,6 +26,7 @@ class Run:
     rule: Rule = field(default_factory=Rule.nature)
     backend: str = "cpp"
     seed: int | None = 7
+    replacement_rate: float = 0.08
     capture: str = "auto"
 
 
@@ -107,7 +108,7 @@ def attach(model, optimizer, run):
     return ContinualBackprop(
         model,
         optimizer,
-        replacement_rate=0.08,
+        replacement_rate=run.replacement_rate,
         maturity_threshold=3,
         decay_rate=0.9,
         rule=run.rule,
