@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .discovery import NeedsInputs, explain, find_unit_groups
+from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
 from .engine import Engine, check_hyper, check_options, step_together
 from .optimizer_state import skipped
 from .rules import Rule
@@ -120,7 +121,7 @@ class _Awaited:
         self.set_hyper(**{key: state_dict[key] for key in self.hyper})
 
 
-class ContinualBackprop:
+class ContinualBackprop(Joinable):
     """Continual backpropagation (Dohare et al., Nature 632, 2024) for a model that keeps training.
 
     After every step of the optimizer a few hidden units of least utility are re-initialised: their incoming weights are
@@ -143,7 +144,14 @@ class ContinualBackprop:
         backend: "cpp", "reference", or None for the fastest on the model's device.
         capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
             while less than 4 MiB are held.
-        seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`. The global generators are never used.
+        seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`, of the first process where they are
+            several. The global generators are never used.
+        process_group: the processes that train the model together, a `torch.distributed.ProcessGroup`; by default that
+            of DistributedDataParallel or of `fully_shard`'s mesh, else all. Each step then adds up their statistics in
+            one all_reduce, and all choose the same units. A group of one process trains by itself.
+
+    In several processes a centred utility, which measures distances from a running mean, takes the mean that the step
+    before left: the mean of this step's samples is known to nobody while they come in.
 
     Attributes:
         rule: the `Rule`.
@@ -178,19 +186,16 @@ class ContinualBackprop:
         backend: str | None = None,
         capture: str = "auto",
         seed: int | None = None,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+        super().__init__()
         self.rule = Rule.make(rule)
         self._optimizers = _optimizers(optimizer)
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "several processes are not supported in this version: each would replace units of its own, and the "
-                "copies of the model would drift apart"
-            )
+        wrapped, model = model, unwrapped(model)
         _check_not_compiled(model)
-        self._model = model
+        self._model, self._wrapped, self._process_group = model, wrapped, process_group
         self._given = (groups, example_inputs)
         self._patterns = (include, exclude)
         self._backend, self._seed = backend, seed
@@ -232,7 +237,10 @@ class ContinualBackprop:
 
     def _attach(self, resolved: list[ResolvedGroup], **options: Any) -> None:
         """Make the state of the groups and observe their readers."""
-        self._engine = Engine(self.rule, resolved, backend=self._backend, seed=self._seed, **options)
+        alike = {**options, "rule": self.rule, "backend": self._backend}
+        processes = join_processes(self._wrapped, resolved, self._process_group, self._seed, alike)
+        seed = processes.seed if processes else self._seed
+        self._engine = Engine(self.rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
         self.groups = [group.unit_group() for group in resolved]
         self._places = _places(self._model, resolved)
         self._hooks = [
@@ -316,6 +324,8 @@ class ContinualBackprop:
                 )
         if isinstance(self._engine, _Awaited):
             return
+        if self._engine.processes is not None:
+            notify_join(self)
         step_together([self._engine], self._optimizers)
 
     def _check_attached(self) -> None:
@@ -334,6 +344,23 @@ class ContinualBackprop:
         self._waiting, self._stepped = set(range(len(self._optimizers))), False
         if stepped:
             self.step()
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """For `torch.distributed.algorithms.Join([ddp_model, cbp])`, where processes have more or less data.
+
+        Every process must step once for every forward and backward pass.
+        """
+        return join_hook_of(self._engine.processes, self._engine.state)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the collectives of a process without data run."""
+        return self._engine.state.buffer.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that step together."""
+        return self._engine.processes.group if self._engine.processes else None
 
     def remove(self) -> None:
         """Take all hooks off the model and the optimizers; the object keeps its statistics but works no more."""

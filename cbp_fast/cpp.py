@@ -12,6 +12,8 @@ from .state import State
 
 _capture = torch.ops.cbp_fast.capture_.default
 _select = torch.ops.cbp_fast.select_.default
+_sum = torch.ops.cbp_fast.sum_.default
+_choose = torch.ops.cbp_fast.choose_.default
 _reinit = torch.ops.cbp_fast.reinit_.default
 
 
@@ -23,6 +25,16 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
 def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
     """See `reference.select_`."""
     return _select(state.buffer, state.plan, weights, held, slots)
+
+
+def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+    """See `reference.sum_`."""
+    _sum(state.buffer, state.plan, state.flat, weights, held, slots)
+
+
+def choose_(state: State) -> int:
+    """See `reference.choose_`."""
+    return _choose(state.buffer, state.plan, state.flat)
 
 
 def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -14,6 +14,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from .distributed import Processes
+from .dtensors import is_dtensor, local, local_activations
 from .ops import BACKENDS, backend_for
 from .optimizer_state import slots_of
 from .rules import Rule
@@ -30,6 +32,7 @@ class Engine:
     Args:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
             them in the forward; "auto" defers while little is held.
+        processes: those that train the model together, if they are several.
     """
 
     _held_bytes: int
@@ -45,6 +48,7 @@ class Engine:
         backend: str | None,
         capture: str,
         seed: int | None,
+        processes: Processes | None = None,
     ) -> None:
         check_options(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
@@ -55,10 +59,14 @@ class Engine:
         self._room = _HELD_BYTES[capture]
         self.backend = backend_for(device, backend)
         self.groups = list(groups)
-        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
+        self.processes = processes
+        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
         self._places = [(ref.owner, ref.key) for ref in self.state.weights]
+        self._in_parts = any(ref.place.is_dtensor for ref in self.state.weights) or any(
+            region.ref.place.is_dtensor for region in self.state.regions
+        )
         self._regions: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self.state.regions):
             self._regions[region.group].append(i)
@@ -98,6 +106,8 @@ class Engine:
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
+        if type(h) is not Tensor and is_dtensor(h):
+            h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
         # what is on another device may belong to a model that is being moved
         if not self.enabled or h.device != self.state.buffer.device:
             return
@@ -133,7 +143,14 @@ class Engine:
             # the operator's own guards are cheaper, but other backends have none
             self._check_tensors()
         try:
-            return self._functions.select_(state, [owner[key] for owner, key in self._places], held, slots)
+            weights: list[Any] = [owner[key] for owner, key in self._places]
+            if self._in_parts:
+                weights = [local(w) for w in weights]
+            if self.processes is None:
+                return self._functions.select_(state, weights, held, slots)
+            self._functions.sum_(state, weights, held, slots)
+            self.processes.reduce_(state.flat[: state.reduced])
+            return self._functions.choose_(state)
         except Exception:
             # the same complaint with the name of the tensor
             self._check_tensors()
@@ -168,7 +185,8 @@ class Engine:
 
     def reinit(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Re-initialise everything that belongs to the chosen units."""
-        self._functions.reinit_(self.state, numbers, tensors)
+        parts = [local(tensor) for tensor in tensors] if self._in_parts else tensors
+        self._functions.reinit_(self.state, numbers, parts)
         # neither a compiled kernel nor a library implementation tells autograd that it wrote
         torch.autograd.graph.increment_version(tensors)
 
@@ -298,6 +316,11 @@ class Engine:
             raise RuntimeError(
                 f"{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
                 f"call cbp.to({str(tensor.device)!r}) after moving the model"
+            )
+        if is_dtensor(tensor) != ref.place.is_dtensor:
+            raise RuntimeError(
+                f"{ref.name} became a {type(tensor).__name__} after continual backprop was attached; first fully_shard "
+                "or parallelize_module the model, then make the optimizer, then attach"
             )
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .distributed import several_processes
 from .engine import Engine, step_together
 from .optimizer_state import skipped
 from .rules import Rule
@@ -108,6 +109,11 @@ class _CBPLayer(nn.Module):
         if self.training and torch.is_grad_enabled():
             # a copy of a layer has the number of its original, and is known from its own first forward on
             if self._known != id(self):
+                if several_processes():
+                    raise RuntimeError(
+                        f"{type(self).__name__} works in one process; attach a ContinualBackprop instead, which keeps "
+                        "several processes alike"
+                    )
                 self._known = id(self)
                 _layers.append(weakref.ref(self))
             engine = self._engine
