@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .provenance import BASE, DATA, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped, without_memory
+from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -82,7 +82,7 @@ def find_unit_groups(
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a function of the
             model that runs it (``lambda m: m(x, task=1)``); a list of those where one forward does not reach all heads
             or branches. A small batch will do. Without them, for a forward of one tensor, ``[batch, features]``, images
-            and token sequences are tried on the shapes alone, and it must be plain which fits.
+            and token sequences of usual sizes are tried.
         include_coupled: take groups too that several layers add into (a residual stream): all of these are
             re-initialised, and all readers zeroed, together.
         unreached_ok: trust that layers which the forwards did not reach read no unit of a group.
@@ -177,10 +177,10 @@ def _discover(
 
 
 def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate], list[Forward]]:
-    """The trace and candidates for guessed inputs, on shapes alone; batches of two sizes must agree."""
+    """The trace and candidates for guessed inputs; batches of two sizes must agree."""
     for small, large in guesses(model):
         try:
-            traces = [_run(model, [forward], ignored, shapes_only=True) for forward in (small, large)]
+            traces = [_run(model, [forward], ignored) for forward in (small, large)]
         except Exception:  # noqa: S112, the user's code may raise anything where the guess is wrong
             continue
         candidates = [_candidates(model, trace) for trace in traces]
@@ -192,13 +192,11 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
     )
 
 
-def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...], shapes_only: bool = False) -> Trace:
+def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) -> Trace:
     compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
     torch.clear_autocast_cache()
     with contextlib.ExitStack() as stack:
         left = stack.enter_context(untouched(model))
-        if shapes_only:
-            without_memory(model)
         trace = Trace(model)
         stack.callback(trace.restore)
         for handle in trace.watch():
@@ -224,24 +222,32 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...], sh
 
 
 class _Entries:
-    """Where each unit was made, read, normalised and passed on: one row for each place.
+    """Where each unit was made, read, normalised and passed on: one pair for each place.
 
     Attributes:
-        layers: role and layer that `layer` counts.
-        unit, layer, position: int64 [E].
+        layers: role and layer of each part of the places, which are numbered through.
+        starts: the first place of each.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[str, Any]] = []
-        self._rows: list[Tensor] = []
+        self.starts = [0]
+        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
 
     def add(self, role: str, key: Any, unit: Tensor, position: Tensor) -> None:
-        layer = torch.full_like(unit, len(self.layers))
         self.layers.append((role, key))
-        self._rows.append(torch.stack([unit, layer, position]))
+        self._pairs.append(torch.stack([unit, position + self.starts[-1]]))
+        self.starts.append(self.starts[-1] + int(position.max()) + 1)
 
-    def tensor(self) -> Tensor:
-        return torch.cat([torch.zeros(3, 0, dtype=torch.int64, device="cpu"), *self._rows], 1)
+    def pairs(self) -> Tensor:
+        """Units and places, int64 [2, E]."""
+        return torch.cat(self._pairs, 1)
+
+    def split(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's number and the position there of each place."""
+        starts = torch.tensor(self.starts, device="cpu")
+        layer = torch.bucketize(places, starts, right=True) - 1
+        return layer, places - starts[layer]
 
 
 class _Facts:
@@ -291,8 +297,8 @@ class _Facts:
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
             # several units of one layer in one place
-            crowded = torch.unique(torch.stack([at, nodes.origin[leaf]]), dim=1, return_counts=True)
-            for spot in torch.unique(crowded[0][0][crowded[1] > 1]).tolist()[:1]:
+            makers, counts = torch.unique(at * BASE + nodes.origin[leaf], return_counts=True)
+            for spot in (makers[counts > 1] // BASE).tolist()[:1]:
                 name = key[0] if isinstance(key, tuple) else key
                 self.blame.setdefault(int(leaf[at == spot][0]), f"'{name}' takes several of its units for one")
 
@@ -341,11 +347,11 @@ def _connect(n: int, edges: Tensor) -> Tensor:
 def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     """Units that the same layers make and read, in the order of forward()."""
     facts = _Facts(trace)
-    unit, layer, position = facts.entries.tensor()
+    unit, place = facts.entries.pairs()
     if not len(unit):
         return []
-    root = facts.root[unit]
-    rows = torch.unique(torch.stack([root, layer, position]), dim=1)
+    pairs = torch.unique(facts.root[unit] * BASE + place)
+    rows = torch.stack([pairs // BASE, *facts.entries.split(pairs % BASE)])
     heads, index = torch.unique(rows[0], return_inverse=True)
     status = facts.refusal[heads] * 4 + facts.raw[heads] * 2 + facts.coupled[heads]
     signature = scramble(status + 1).index_add_(0, index, scramble(rows[1] + 2**40))
@@ -407,7 +413,7 @@ def _forbidden(trace: Trace, places: dict[str, list[tuple[Any, Tensor]]], touche
         if len(roles) > 1:
             return f"'{name}' is used in two ways: {', '.join(roles)}"
         if name in made and any(key[0] == name for key, _ in places["read"]):
-            return f"'{name}' reads what it makes: it is applied more than once (recurrent, or shared)"
+            return f"'{name}' both makes and reads it (recurrent, applied twice, or a residual branch of one layer)"
         owner, module = trace.owners[name]
         parameter = getattr(module, name.removeprefix(f"{owner}."))
         if not parameter.requires_grad:

@@ -61,6 +61,15 @@ def _narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
     return list(wide), shape
 
 
+def _kinds(ids: Tensor) -> Tensor:
+    """The different ids, int64 [n]."""
+    (ids,), _ = _narrow(ids)
+    # most often all positions hold the same, and sorting is slow
+    while ids.dim() > 1 and ids.shape[-1] > 1 and torch.equal(ids[..., 0], ids[..., 1]) and (ids == ids[..., :1]).all():
+        ids = ids[..., 0]
+    return torch.unique(ids)
+
+
 class Source(NamedTuple):
     """Consecutive ids: the units that a weight makes along an axis, or (axis None) the entries of a parameter."""
 
@@ -262,6 +271,14 @@ class Trace(TorchDispatchMode):
         tied: parameters that share their memory, and with which.
     """
 
+    # they are followed as operations without a rule
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # it would import the compiler
+        return False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.nodes = Nodes()
@@ -316,7 +333,7 @@ class Trace(TorchDispatchMode):
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
         if ids is not None:
-            self.refused.append((torch.unique(_narrow(ids)[0][0]), reason))
+            self.refused.append((_kinds(ids), reason))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -437,6 +454,9 @@ class Trace(TorchDispatchMode):
         n = ids.shape[axis]
         moved = _narrow(ids)[0][0].movedim(axis, 0)
         moved = moved.expand(n, *moved.shape[1:]).reshape(n, -1)
+        if torch.equal(moved.amin(1), moved.amax(1)):
+            self.records[role, layer].append((torch.arange(n, device="cpu"), moved[:, 0]))
+            return
         pairs = torch.unique(torch.arange(n, device="cpu")[:, None] * BASE + moved)
         self.records[role, layer].append((pairs // BASE, pairs % BASE))
 
@@ -527,7 +547,7 @@ class Trace(TorchDispatchMode):
     def _pointwise(
         self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]
     ) -> Tensor | None:
-        wide = [None if i is None else i.expand(torch.broadcast_shapes(i.shape, outs[0].shape)) for i in ids]
+        wide = [None if i is None else i.expand(outs[0].shape) for i in ids]
         if op == "copy":
             return wide[1]
         if op == "where" and len(wide) == 3:
@@ -559,7 +579,7 @@ class Trace(TorchDispatchMode):
 
     def _is_bias(self, name: str, ids: Tensor) -> bool:
         """Whether a parameter belongs to the very layers that make the units it is added to."""
-        _, leaves = self.nodes.leaves(torch.unique(_narrow(ids)[0][0]))
+        _, leaves = self.nodes.leaves(_kinds(ids))
         makers = {self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE}
         owners = {self.owners[maker][1] for maker in makers}
         return bool(makers) and owners == {self.owners[name][1]} and kind(self.owners[name][1]) not in NORMS
@@ -572,7 +592,7 @@ class Trace(TorchDispatchMode):
             if name.endswith("weight"):
                 self._record("norm", owner, ids.flatten(-parameter.dim()), -1)
         elif kind(module) not in NORMS and isinstance(parameter, nn.Parameter):
-            ids = self.nodes.bare[torch.unique(_narrow(ids)[0][0])]
+            ids = self.nodes.bare[_kinds(ids)]
             self.notes.append((ids, f"'{name}' goes into its units and is left as it is"))
 
     def _matmul(self, op: str, args: Any, out: Tensor) -> None:
@@ -607,7 +627,7 @@ class Trace(TorchDispatchMode):
         for own, other in ((a, b), (b, a)):
             if own is not None and other is not None and (self.nodes.bare[_narrow(own)[0][0]] == 0).all() and own.max() > DATA:
                 # no unit and no data but parameters only
-                self.refuse(other, f"the weight of {self._why} is computed, not a parameter")
+                self.refuse(other, f"{self._why} multiplies it by a weight that is computed, not a parameter")
         rows = None if a is None else self.nodes.merge(a, self._why)[..., :, None].expand(out.shape)
         columns = None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
         result = self.nodes.product(rows, columns)
@@ -637,7 +657,7 @@ class Trace(TorchDispatchMode):
         entry, ids = self.parameter(weight), self.ids(x)
         spread = (1,) * (out.dim() - 2)
         if entry is None or weight.shape != entry[1].shape:
-            self.refuse(ids, f"the weight of {self._why} is computed, not a parameter")
+            self.refuse(ids, f"{self._why} multiplies it by a weight that is computed, not a parameter")
             self.put(out, torch.tensor(DATA, device="cpu").expand(out.shape))
             return
         name = entry[0]
@@ -670,9 +690,11 @@ class Trace(TorchDispatchMode):
             self._record("norm", self.owners[named[0][0]][0], columns, axis)
         else:
             self._repeated_norm([self.ids(t) for t in affine if isinstance(t, Tensor)], columns)
-        if "batch" not in op:
+        # of an instance norm on features without channels, a channel is a sample
+        across = "batch" in op and self.nodes.merge(columns.transpose(0, 1).flatten(1), self._why)
+        if "batch" not in op or bool((self.nodes.left[across] < 0).any()):
             at = label(*self._stack[-1]) if self._stack else "a norm"
-            self.notes.append((torch.unique(_narrow(ids)[0][0]), f"{at} couples its units"))
+            self.notes.append((_kinds(ids), f"{at} couples its units"))
         return ids
 
     def _repeated_norm(self, affine: Sequence[Tensor | None], columns: Tensor) -> None:

@@ -63,7 +63,7 @@ def _call(inputs: Any) -> Forward:
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
-    """Forwards on inputs that may fit, each in a batch of 2 and of 3, for a model whose forward needs one tensor."""
+    """Forwards that run, each in a batch of 2 and of 3, for a model whose forward needs one tensor."""
     parameters = inspect.signature(model.forward).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -73,7 +73,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
     if first is None:
         return
     weight = first.get_parameter("weight")
-    options: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if kind(first) == "Embedding":
         options["dtype"] = torch.int64
         shapes = [(size,) for size in _SIZES if size <= 64]
@@ -82,7 +82,24 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
     else:
         shapes = [(read_width(first),)]
     for shape in shapes:
-        yield _on_batch(2, shape, options), _on_batch(3, shape, options)
+        if _fits(model, shape, options["dtype"]):
+            yield _on_batch(2, shape, options), _on_batch(3, shape, options)
+
+
+def _fits(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a model runs on inputs of a shape: tried without memory and arithmetic."""
+    with untouched(model), torch.no_grad():
+        moved: dict[int, torch.Tensor] = {}
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[key] = moved.setdefault(id(tensor), tensor.detach().to("meta"))
+        try:
+            _on_batch(2, shape, {"dtype": dtype, "device": "meta"})(model)
+        except Exception:  # the user's code may raise anything
+            return False
+    return True
 
 
 def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Forward:
@@ -126,20 +143,6 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
             for parameter, grad, requires_grad in grads:
                 parameter.grad = grad
                 parameter.requires_grad_(requires_grad)
-
-
-def without_memory(model: nn.Module) -> None:
-    """Puts parameters and buffers on the meta device; to be called under `untouched`, which takes them back."""
-    moved: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in moved:
-                    copy = tensor.detach().to("meta")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-                if tensor is not None:
-                    tensors[key] = moved[id(tensor)]
 
 
 def _is_container(value: Any) -> bool:
