@@ -544,10 +544,13 @@ def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) 
             continue
         weights = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
         is_layer = isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
-        if not weights and not is_layer:
+        if not is_layer and not isinstance(module, nn.RNNBase) and kind(module) not in LAYERS:
             continue
         used = [trace.used_by[w] for w in weights if w in trace.used_by]
-        if is_layer and "weight" not in module._parameters:
+        tied = [w for w in weights if w in trace.tied]
+        if tied:
+            left[label(name, module)] = f"'{tied[0]}' is tied: it shares its memory with '{trace.tied[tied[0]]}'"
+        elif is_layer and "weight" not in module._parameters:
             left[label(name, module)] = "its weight is computed (parametrized, pruned), not a parameter"
         elif weights and not trace.seen.intersection(weights):
             left[label(name, module)] = "forward() does not reach it"

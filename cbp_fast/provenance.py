@@ -36,7 +36,8 @@ _REDUCTIONS = "mean sum amax amin max min var std var_mean std_mean prod linalg_
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
-_READS_VALUE = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select")
+_TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
+_DATA_SIZED = ("nonzero", "_unique2", "masked_select")
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -448,6 +449,7 @@ class Trace(TorchDispatchMode):
         entry = self._parameters.get(storage_key(tensor)) if isinstance(tensor, Tensor) and tensor.numel() else None
         if entry:
             self.seen.add(entry[0])
+            self.seen.add(self.tied.get(entry[0], entry[0]))
         return entry
 
     def _record(self, role: str, layer: Any, ids: Tensor, axis: int) -> None:
@@ -470,6 +472,9 @@ class Trace(TorchDispatchMode):
         if plain and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags) and op != "lift_fresh":
             return
         self._made.update(storage_key(t) for t in outs if storage_key(t) not in keys or op == "lift_fresh")
+        if outs and not any(t.numel() for t in outs):
+            # an expert without tokens has not been reached
+            return
         parameters = [self.parameter(t) for t in tensors]
         if op == "_to_copy" and parameters[0] and outs[0].shape == parameters[0][1].shape and tensors[0].shape == outs[0].shape:
             # autocast's copy of a weight
@@ -536,13 +541,18 @@ class Trace(TorchDispatchMode):
             if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
                 self.refuse(x, f"its features are mixed by {self._why}")
             return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), outs
-        if op in _READS_VALUE:
+        if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[self._why] = None
+            # a condition; a number would come back unseen
+            if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
+                return None, outs
         elif torch.Tag.pointwise in tags or op in _POINTWISE:
             return self._pointwise(op, tensors, ids, outs), outs[:1]
         for i in live:
             self.refuse(i, f"{self._why} has no rule")
-        return torch.tensor(DATA, device="cpu"), outs
+        computed = [self.parameter(t) is not None or i is None for t, i in zip(tensors, ids, strict=True)]
+        # of parameters alone: still no data
+        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), outs
 
     def _pointwise(
         self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]

@@ -73,7 +73,10 @@ def _failure(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward]) ->
             before = _outputs(model, runs)
             rows(None)
             if _differ(before, _outputs(model, runs)):
-                return "its units reach the output by another way than the columns of its outgoing layers"
+                return (
+                    "its units reach the output by another way than the columns of its outgoing layers (as by a norm "
+                    "over features that is written by hand)"
+                )
         rows(0.0)
         if _differ(*(_features(model, group, units, runs, vary) for vary in (False, True))):
             return "the columns of its outgoing layers read something else than its units"
