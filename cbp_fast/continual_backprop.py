@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .discovery import explain, find_unit_groups
 from .engine import Engine, step_together
 from .optimizer_state import skipped
 from .rules import Rule
-from .discovery import explain, find_unit_groups
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
 
 

@@ -117,7 +117,9 @@ def explain(
     for candidate in found.taken:
         group = candidate.resolved
         assert group is not None
-        parts = (", ".join(dict.fromkeys(m.name for m in part)) for part in (group.incoming, group.outgoing, group.norms))
+        parts = (
+            ", ".join(dict.fromkeys(m.name for m in part)) for part in (group.incoming, group.outgoing, group.norms)
+        )
         incoming, outgoing, norms = parts
         columns = str(group.num_units * group.columns_per_unit)
         rows.append((group.name, str(group.num_units), columns, incoming, outgoing, norms or "-"))
@@ -181,7 +183,7 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
     for small, large in guesses(model):
         try:
             traces = [_run(model, [forward], ignored) for forward in (small, large)]
-        except Exception:  # noqa: S112, the user's code may raise anything where the guess is wrong
+        except Exception:
             continue
         candidates = [_candidates(model, trace) for trace in traces]
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
@@ -481,7 +483,11 @@ def _norm_entries(norm: nn.Module, at: Tensor) -> Tensor:
     if kind(norm) not in NORMS:
         return at
     rest = torch.Size(norm_shape(norm)[1:]).numel()
-    whole = (at % rest == torch.arange(rest).repeat(at.shape[1] // rest)).all() if at.shape[1] % rest == 0 else False
+    whole = (
+        (at % rest == torch.arange(rest, device="cpu").repeat(at.shape[1] // rest)).all()
+        if at.shape[1] % rest == 0
+        else False
+    )
     return at[:, ::rest] // rest if whole else at
 
 
@@ -490,14 +496,15 @@ def _fit(at: Tensor, split: bool) -> list[tuple[int, int, int, int]] | None:
     n, r = at.shape
     unit = int(at[1, 0] - at[0, 0]) if n > 1 else r
     position = int(at[0, 1] - at[0, 0]) if r > 1 else 1
-    steps = torch.arange(n)[:, None] * unit + torch.arange(r) * position
+    rows, columns = torch.arange(n, device="cpu"), torch.arange(r, device="cpu")
+    steps = rows[:, None] * unit + columns * position
     affine = unit > 0 and bool((at == at[0, 0] + steps).all())
     if affine and (not split or r == 1 or (unit, position) == (r, 1)):
         return [(int(at[0, 0]), r, unit, position)]
     if not split or r == 1:
         return None
-    columns = [_fit(column[:, None], True) for column in at.unbind(1)]
-    return None if None in columns else [block for column in columns for block in column or ()]
+    parts = [_fit(column[:, None], True) for column in at.unbind(1)]
+    return None if None in parts else [block for part in parts for block in part or ()]
 
 
 def _unreached(model: nn.Module, trace: Trace, candidate: _Candidate) -> str:
@@ -542,7 +549,9 @@ def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) 
     for name, module in modules.items():
         if name in reasons or name in taken:
             continue
-        weights = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
+        weights = [
+            f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1
+        ]
         is_layer = isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
         if not is_layer and not isinstance(module, nn.RNNBase) and kind(module) not in LAYERS:
             continue

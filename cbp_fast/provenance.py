@@ -29,10 +29,10 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 # f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
 _PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
-_MOVES = """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-    repeat_interleave reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d im2col unfold_backward tril triu index_put slice_scatter select_scatter take_along_dim""".split()
-_REDUCTIONS = "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all".split()
+_MOVES = ["cat", "stack", "index", "index_select", "gather", "repeat", "flip", "roll", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col", "unfold_backward", "tril", "triu", "index_put", "slice_scatter", "select_scatter", "take_along_dim"]
+_REDUCTIONS = (
+    ["mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all"]
+)
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
@@ -345,6 +345,10 @@ class Trace(TorchDispatchMode):
             with _disable_current_modes():
                 self._save(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
+        if torch._C._current_graph_task_id() != -1:
+            # gradients are no activations
+            self._made.update(storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+            return out
         with _disable_current_modes():
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{name} in {at}"
@@ -469,14 +473,23 @@ class Trace(TorchDispatchMode):
         keys = {storage_key(t) for t in tensors}
         views = bool(outs) and all(storage_key(t) in keys for t in outs)
         plain = isinstance(func, torch._ops.OpOverload)
-        if plain and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags) and op != "lift_fresh":
+        if (
+            plain
+            and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags)
+            and op != "lift_fresh"
+        ):
             return
         self._made.update(storage_key(t) for t in outs if storage_key(t) not in keys or op == "lift_fresh")
         if outs and not any(t.numel() for t in outs):
             # an expert without tokens has not been reached
             return
         parameters = [self.parameter(t) for t in tensors]
-        if op == "_to_copy" and parameters[0] and outs[0].shape == parameters[0][1].shape and tensors[0].shape == outs[0].shape:
+        if (
+            op == "_to_copy"
+            and parameters[0]
+            and outs[0].shape == parameters[0][1].shape
+            and tensors[0].shape == outs[0].shape
+        ):
             # autocast's copy of a weight
             self._parameters[storage_key(outs[0])] = parameters[0]
             self._kept.append(outs[0])
@@ -590,7 +603,9 @@ class Trace(TorchDispatchMode):
     def _is_bias(self, name: str, ids: Tensor) -> bool:
         """Whether a parameter belongs to the very layers that make the units it is added to."""
         _, leaves = self.nodes.leaves(_kinds(ids))
-        makers = {self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE}
+        makers = {
+            self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE
+        }
         owners = {self.owners[maker][1] for maker in makers}
         return bool(makers) and owners == {self.owners[name][1]} and kind(self.owners[name][1]) not in NORMS
 
@@ -635,11 +650,18 @@ class Trace(TorchDispatchMode):
             return
         a, b = self.ids(first), self.ids(second)
         for own, other in ((a, b), (b, a)):
-            if own is not None and other is not None and (self.nodes.bare[_narrow(own)[0][0]] == 0).all() and own.max() > DATA:
+            if (
+                own is not None
+                and other is not None
+                and (self.nodes.bare[_narrow(own)[0][0]] == 0).all()
+                and own.max() > DATA
+            ):
                 # no unit and no data but parameters only
                 self.refuse(other, f"{self._why} multiplies it by a weight that is computed, not a parameter")
         rows = None if a is None else self.nodes.merge(a, self._why)[..., :, None].expand(out.shape)
-        columns = None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        columns = (
+            None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        )
         result = self.nodes.product(rows, columns)
         if op in ("addmm", "baddbmm"):
             added = self.ids(args[0])
@@ -741,7 +763,7 @@ class Trace(TorchDispatchMode):
             moved = {id(args[0]), id(args[2])}
         else:
             moved = {id(args[0])}
-        accumulates = op == "index_put" and (len(args) > 3 and args[3] or kwargs.get("accumulate"))
+        accumulates = op == "index_put" and ((len(args) > 3 and args[3]) or kwargs.get("accumulate"))
         for tensor in tensors:
             if id(tensor) not in moved:
                 self.refuse(self.ids(tensor), f"{self._why} takes it for an index")
@@ -782,7 +804,9 @@ class Trace(TorchDispatchMode):
         axes = [axis % max(ids.dim(), 1) for axis in axes]
         kept = [axis for axis in range(ids.dim()) if axis not in axes]
         merged = self.nodes.merge(ids.permute(kept + axes).flatten(len(kept)), self._why) if axes else ids
-        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if given.get("keepdim") else merged
+        return (
+            merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if given.get("keepdim") else merged
+        )
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
@@ -795,4 +819,3 @@ def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
     if weight.shape == shape[::-1] and (weight.stride() == strides[::-1] or 1 in shape):
         return 1
     return 0 if weight.shape == shape and weight.stride() == strides else None
-

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,22 +82,18 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
         shapes = [(read_width(first), *(size,) * spatial_axes(first)) for size in _SIZES]
     else:
         shapes = [(read_width(first),)]
+    # what is larger takes too long to try
+    shapes = [shape for shape in shapes if math.prod(shape) <= 2**18]
+    saved = [t.detach().clone() for t in (*model.parameters(), *model.buffers())] if len(shapes) > 1 else []
     for shape in shapes:
-        if _fits(model, shape, options["dtype"]):
+        if len(shapes) == 1 or _fits(model, _on_batch(2, shape, options), saved):
             yield _on_batch(2, shape, options), _on_batch(3, shape, options)
 
 
-def _fits(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a model runs on inputs of a shape: tried without memory and arithmetic."""
-    with untouched(model), torch.no_grad():
-        moved: dict[int, torch.Tensor] = {}
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[key] = moved.setdefault(id(tensor), tensor.detach().to("meta"))
+def _fits(model: nn.Module, forward: Forward, saved: Sequence[torch.Tensor]) -> bool:
+    with restored(model, saved), torch.no_grad():
         try:
-            _on_batch(2, shape, {"dtype": dtype, "device": "meta"})(model)
+            forward(model)
         except Exception:  # the user's code may raise anything
             return False
     return True
@@ -136,13 +133,31 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
                 for key, value in vars(module).items():
                     if key not in own or key == "_buffers":
                         left.append((f"{name}.{key}" if name else key, value))
-            left[:] = [(name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v) for name, v in left]
+            left[:] = [
+                (name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v)
+                for name, v in left
+            ]
             for container, content in zip(held, saved, strict=True):
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
             for parameter, grad, requires_grad in grads:
                 parameter.grad = grad
                 parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, saved: Sequence[torch.Tensor] | None = None) -> Iterator[None]:
+    """Puts back parameters and buffers, in memory (their values are `saved`, or as now), and all that `untouched` does."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone() for t in tensors] if saved is None else saved
+    with untouched(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    with torch.autograd._unsafe_preserve_version_counter(tensor):
+                        tensor.copy_(value)
 
 
 def _is_container(value: Any) -> bool:

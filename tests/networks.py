@@ -181,7 +181,9 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def rotate(self, x):
-        angle = torch.arange(x.shape[-2], device=x.device)[:, None] / 10 ** torch.arange(self.each // 2, device=x.device)
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] / 10 ** torch.arange(
+            self.each // 2, device=x.device
+        )
         cos, sin = angle.cos().repeat(1, 2).to(x), angle.sin().repeat(1, 2).to(x)
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
@@ -246,7 +248,12 @@ def hand_rnn():
             h = torch.tanh(m.inner(torch.relu(m.inputs(step))) + m.recurrent(h))
         return m.head(h)
 
-    layers = {"inputs": nn.Linear(5, 4), "inner": nn.Linear(4, 6), "recurrent": nn.Linear(6, 6), "head": nn.Linear(6, 3)}
+    layers = {
+        "inputs": nn.Linear(5, 4),
+        "inner": nn.Linear(4, 6),
+        "recurrent": nn.Linear(6, 6),
+        "head": nn.Linear(6, 3),
+    }
     return Net(forward, **layers)
 
 
@@ -277,9 +284,7 @@ def python_if():
         h = F.relu(m.fc1(x))
         return m.fc3(F.relu(m.fc2(h))) if x.sum() > 0 else m.short(h)
 
-    return Net(
-        forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 4), fc3=nn.Linear(4, 3), short=nn.Linear(6, 3)
-    )
+    return Net(forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 4), fc3=nn.Linear(4, 3), short=nn.Linear(6, 3))
 
 
 class MoE(nn.Module):

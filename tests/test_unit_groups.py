@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+from networks import Net, mlp
 from torch import nn
 
 from cbp_fast.unit_groups import UnitGroup, check_disjoint, resolve
-from networks import Net, mlp
 
 
 class LinearPlusOne(nn.Linear):
