@@ -1,9 +1,9 @@
 """Continual backpropagation for PyTorch, in fused kernels."""
 
 from .continual_backprop import ContinualBackprop
+from .discovery import explain, find_unit_groups
 from .modules import CBPConv, CBPLinear
 from .rules import Rule
-from .discovery import explain, find_unit_groups
 from .unit_groups import Part, UnitGroup
 
 __all__ = ["CBPConv", "CBPLinear", "ContinualBackprop", "Part", "Rule", "UnitGroup", "explain", "find_unit_groups"]

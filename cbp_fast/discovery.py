@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .provenance import BASE, DATA, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped, without_memory
+from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -86,7 +86,7 @@ def find_unit_groups(
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a function of the
             model that runs it (``lambda m: m(x, task=1)``); a list of those where one forward does not reach all heads
             or branches. A small batch will do. Without them, for a forward of one tensor, ``[batch, features]``, images
-            and token sequences are tried on the shapes alone, and it must be plain which fits.
+            and token sequences of usual sizes are tried.
         include_coupled: take groups too that several layers add into (a residual stream): all of these are
             re-initialised, and all readers zeroed, together.
         unreached_ok: trust that layers which the forwards did not reach read no unit of a group.
@@ -121,7 +121,9 @@ def explain(
     for candidate in found.taken:
         group = candidate.resolved
         assert group is not None
-        parts = (", ".join(dict.fromkeys(m.name for m in part)) for part in (group.incoming, group.outgoing, group.norms))
+        parts = (
+            ", ".join(dict.fromkeys(m.name for m in part)) for part in (group.incoming, group.outgoing, group.norms)
+        )
         incoming, outgoing, norms = parts
         columns = str(group.num_units * group.columns_per_unit)
         rows.append((group.name, str(group.num_units), columns, incoming, outgoing, norms or "-"))
@@ -181,11 +183,11 @@ def _discover(
 
 
 def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate], list[Forward]]:
-    """The trace and candidates for guessed inputs, on shapes alone; batches of two sizes must agree."""
+    """The trace and candidates for guessed inputs; batches of two sizes must agree."""
     for small, large in guesses(model):
         try:
-            traces = [_run(model, [forward], ignored, shapes_only=True) for forward in (small, large)]
-        except Exception:  # noqa: S112, the user's code may raise anything where the guess is wrong
+            traces = [_run(model, [forward], ignored) for forward in (small, large)]
+        except Exception:
             continue
         candidates = [_candidates(model, trace) for trace in traces]
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
@@ -196,13 +198,11 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
     )
 
 
-def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...], shapes_only: bool = False) -> Trace:
+def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) -> Trace:
     compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
     torch.clear_autocast_cache()
     with contextlib.ExitStack() as stack:
         left = stack.enter_context(untouched(model))
-        if shapes_only:
-            without_memory(model)
         trace = Trace(model)
         stack.callback(trace.restore)
         for handle in trace.watch():
@@ -228,24 +228,32 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...], sh
 
 
 class _Entries:
-    """Where each unit was made, read, normalised and passed on: one row for each place.
+    """Where each unit was made, read, normalised and passed on: one pair for each place.
 
     Attributes:
-        layers: role and layer that `layer` counts.
-        unit, layer, position: int64 [E].
+        layers: role and layer of each part of the places, which are numbered through.
+        starts: the first place of each.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[str, Any]] = []
-        self._rows: list[Tensor] = []
+        self.starts = [0]
+        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
 
     def add(self, role: str, key: Any, unit: Tensor, position: Tensor) -> None:
-        layer = torch.full_like(unit, len(self.layers))
         self.layers.append((role, key))
-        self._rows.append(torch.stack([unit, layer, position]))
+        self._pairs.append(torch.stack([unit, position + self.starts[-1]]))
+        self.starts.append(self.starts[-1] + int(position.max()) + 1)
 
-    def tensor(self) -> Tensor:
-        return torch.cat([torch.zeros(3, 0, dtype=torch.int64, device="cpu"), *self._rows], 1)
+    def pairs(self) -> Tensor:
+        """Units and places, int64 [2, E]."""
+        return torch.cat(self._pairs, 1)
+
+    def split(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's number and the position there of each place."""
+        starts = torch.tensor(self.starts, device="cpu")
+        layer = torch.bucketize(places, starts, right=True) - 1
+        return layer, places - starts[layer]
 
 
 class _Facts:
@@ -295,8 +303,8 @@ class _Facts:
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
             # several units of one layer in one place
-            crowded = torch.unique(torch.stack([at, nodes.origin[leaf]]), dim=1, return_counts=True)
-            for spot in torch.unique(crowded[0][0][crowded[1] > 1]).tolist()[:1]:
+            makers, counts = torch.unique(at * BASE + nodes.origin[leaf], return_counts=True)
+            for spot in (makers[counts > 1] // BASE).tolist()[:1]:
                 name = key[0] if isinstance(key, tuple) else key
                 self.blame.setdefault(int(leaf[at == spot][0]), f"'{name}' takes several of its units for one")
 
@@ -345,11 +353,11 @@ def _connect(n: int, edges: Tensor) -> Tensor:
 def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     """Units that the same layers make and read, in the order of forward()."""
     facts = _Facts(trace)
-    unit, layer, position = facts.entries.tensor()
+    unit, place = facts.entries.pairs()
     if not len(unit):
         return []
-    root = facts.root[unit]
-    rows = torch.unique(torch.stack([root, layer, position]), dim=1)
+    pairs = torch.unique(facts.root[unit] * BASE + place)
+    rows = torch.stack([pairs // BASE, *facts.entries.split(pairs % BASE)])
     heads, index = torch.unique(rows[0], return_inverse=True)
     status = facts.refusal[heads] * 4 + facts.raw[heads] * 2 + facts.coupled[heads]
     signature = scramble(status + 1).index_add_(0, index, scramble(rows[1] + 2**40))
@@ -411,7 +419,7 @@ def _forbidden(trace: Trace, places: dict[str, list[tuple[Any, Tensor]]], touche
         if len(roles) > 1:
             return f"'{name}' is used in two ways: {', '.join(roles)}"
         if name in made and any(key[0] == name for key, _ in places["read"]):
-            return f"'{name}' reads what it makes: it is applied more than once (recurrent, or shared)"
+            return f"'{name}' both makes and reads it (recurrent, applied twice, or a residual branch of one layer)"
         owner, module = trace.owners[name]
         parameter = getattr(module, name.removeprefix(f"{owner}."))
         if not parameter.requires_grad:
@@ -479,7 +487,11 @@ def _norm_entries(norm: nn.Module, at: Tensor) -> Tensor:
     if kind(norm) not in NORMS:
         return at
     rest = torch.Size(norm_shape(norm)[1:]).numel()
-    whole = (at % rest == torch.arange(rest).repeat(at.shape[1] // rest)).all() if at.shape[1] % rest == 0 else False
+    whole = (
+        (at % rest == torch.arange(rest, device="cpu").repeat(at.shape[1] // rest)).all()
+        if at.shape[1] % rest == 0
+        else False
+    )
     return at[:, ::rest] // rest if whole else at
 
 
@@ -488,14 +500,15 @@ def _fit(at: Tensor, split: bool) -> list[tuple[int, int, int, int]] | None:
     n, r = at.shape
     unit = int(at[1, 0] - at[0, 0]) if n > 1 else r
     position = int(at[0, 1] - at[0, 0]) if r > 1 else 1
-    steps = torch.arange(n)[:, None] * unit + torch.arange(r) * position
+    rows, columns = torch.arange(n, device="cpu"), torch.arange(r, device="cpu")
+    steps = rows[:, None] * unit + columns * position
     affine = unit > 0 and bool((at == at[0, 0] + steps).all())
     if affine and (not split or r == 1 or (unit, position) == (r, 1)):
         return [(int(at[0, 0]), r, unit, position)]
     if not split or r == 1:
         return None
-    columns = [_fit(column[:, None], True) for column in at.unbind(1)]
-    return None if None in columns else [block for column in columns for block in column or ()]
+    parts = [_fit(column[:, None], True) for column in at.unbind(1)]
+    return None if None in parts else [block for part in parts for block in part or ()]
 
 
 def _unreached(model: nn.Module, trace: Trace, candidate: _Candidate) -> str:
@@ -540,12 +553,17 @@ def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) 
     for name, module in modules.items():
         if name in reasons or name in taken:
             continue
-        weights = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
+        weights = [
+            f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1
+        ]
         is_layer = isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
-        if not weights and not is_layer:
+        if not is_layer and not isinstance(module, nn.RNNBase) and kind(module) not in LAYERS:
             continue
         used = [trace.used_by[w] for w in weights if w in trace.used_by]
-        if is_layer and "weight" not in module._parameters:
+        tied = [w for w in weights if w in trace.tied]
+        if tied:
+            left[label(name, module)] = f"'{tied[0]}' is tied: it shares its memory with '{trace.tied[tied[0]]}'"
+        elif is_layer and "weight" not in module._parameters:
             left[label(name, module)] = "its weight is computed (parametrized, pruned), not a parameter"
         elif weights and not trace.seen.intersection(weights):
             left[label(name, module)] = "forward() does not reach it"

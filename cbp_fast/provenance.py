@@ -29,14 +29,15 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 # f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
 _PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
-_MOVES = """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-    repeat_interleave reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d im2col unfold_backward tril triu index_put slice_scatter select_scatter take_along_dim""".split()
-_REDUCTIONS = "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all".split()
+_MOVES = ["cat", "stack", "index", "index_select", "gather", "repeat", "flip", "roll", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col", "unfold_backward", "tril", "triu", "index_put", "slice_scatter", "select_scatter", "take_along_dim"]
+_REDUCTIONS = (
+    ["mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all"]
+)
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
-_READS_VALUE = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select")
+_TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
+_DATA_SIZED = ("nonzero", "_unique2", "masked_select")
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -59,6 +60,15 @@ def _narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
         if size > 1 and all(t.stride(axis) == 0 for t in wide):
             wide = [t.narrow(axis, 0, 1) for t in wide]
     return list(wide), shape
+
+
+def _kinds(ids: Tensor) -> Tensor:
+    """The different ids, int64 [n]."""
+    (ids,), _ = _narrow(ids)
+    # most often all positions hold the same, and sorting is slow
+    while ids.dim() > 1 and ids.shape[-1] > 1 and torch.equal(ids[..., 0], ids[..., 1]) and (ids == ids[..., :1]).all():
+        ids = ids[..., 0]
+    return torch.unique(ids)
 
 
 class Source(NamedTuple):
@@ -262,6 +272,14 @@ class Trace(TorchDispatchMode):
         tied: parameters that share their memory, and with which.
     """
 
+    # they are followed as operations without a rule
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # it would import the compiler
+        return False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.nodes = Nodes()
@@ -316,7 +334,7 @@ class Trace(TorchDispatchMode):
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
         if ids is not None:
-            self.refused.append((torch.unique(_narrow(ids)[0][0]), reason))
+            self.refused.append((_kinds(ids), reason))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -327,6 +345,10 @@ class Trace(TorchDispatchMode):
             with _disable_current_modes():
                 self._save(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
+        if torch._C._current_graph_task_id() != -1:
+            # gradients are no activations
+            self._made.update(storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+            return out
         with _disable_current_modes():
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{name} in {at}"
@@ -431,12 +453,16 @@ class Trace(TorchDispatchMode):
         entry = self._parameters.get(storage_key(tensor)) if isinstance(tensor, Tensor) and tensor.numel() else None
         if entry:
             self.seen.add(entry[0])
+            self.seen.add(self.tied.get(entry[0], entry[0]))
         return entry
 
     def _record(self, role: str, layer: Any, ids: Tensor, axis: int) -> None:
         n = ids.shape[axis]
         moved = _narrow(ids)[0][0].movedim(axis, 0)
         moved = moved.expand(n, *moved.shape[1:]).reshape(n, -1)
+        if torch.equal(moved.amin(1), moved.amax(1)):
+            self.records[role, layer].append((torch.arange(n, device="cpu"), moved[:, 0]))
+            return
         pairs = torch.unique(torch.arange(n, device="cpu")[:, None] * BASE + moved)
         self.records[role, layer].append((pairs // BASE, pairs % BASE))
 
@@ -447,11 +473,23 @@ class Trace(TorchDispatchMode):
         keys = {storage_key(t) for t in tensors}
         views = bool(outs) and all(storage_key(t) in keys for t in outs)
         plain = isinstance(func, torch._ops.OpOverload)
-        if plain and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags) and op != "lift_fresh":
+        if (
+            plain
+            and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags)
+            and op != "lift_fresh"
+        ):
             return
         self._made.update(storage_key(t) for t in outs if storage_key(t) not in keys or op == "lift_fresh")
+        if outs and not any(t.numel() for t in outs):
+            # an expert without tokens has not been reached
+            return
         parameters = [self.parameter(t) for t in tensors]
-        if op == "_to_copy" and parameters[0] and outs[0].shape == parameters[0][1].shape and tensors[0].shape == outs[0].shape:
+        if (
+            op == "_to_copy"
+            and parameters[0]
+            and outs[0].shape == parameters[0][1].shape
+            and tensors[0].shape == outs[0].shape
+        ):
             # autocast's copy of a weight
             self._parameters[storage_key(outs[0])] = parameters[0]
             self._kept.append(outs[0])
@@ -516,18 +554,23 @@ class Trace(TorchDispatchMode):
             if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
                 self.refuse(x, f"its features are mixed by {self._why}")
             return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), outs
-        if op in _READS_VALUE:
+        if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[self._why] = None
+            # a condition; a number would come back unseen
+            if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
+                return None, outs
         elif torch.Tag.pointwise in tags or op in _POINTWISE:
             return self._pointwise(op, tensors, ids, outs), outs[:1]
         for i in live:
             self.refuse(i, f"{self._why} has no rule")
-        return torch.tensor(DATA, device="cpu"), outs
+        computed = [self.parameter(t) is not None or i is None for t, i in zip(tensors, ids, strict=True)]
+        # of parameters alone: still no data
+        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), outs
 
     def _pointwise(
         self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]
     ) -> Tensor | None:
-        wide = [None if i is None else i.expand(torch.broadcast_shapes(i.shape, outs[0].shape)) for i in ids]
+        wide = [None if i is None else i.expand(outs[0].shape) for i in ids]
         if op == "copy":
             return wide[1]
         if op == "where" and len(wide) == 3:
@@ -559,8 +602,10 @@ class Trace(TorchDispatchMode):
 
     def _is_bias(self, name: str, ids: Tensor) -> bool:
         """Whether a parameter belongs to the very layers that make the units it is added to."""
-        _, leaves = self.nodes.leaves(torch.unique(_narrow(ids)[0][0]))
-        makers = {self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE}
+        _, leaves = self.nodes.leaves(_kinds(ids))
+        makers = {
+            self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE
+        }
         owners = {self.owners[maker][1] for maker in makers}
         return bool(makers) and owners == {self.owners[name][1]} and kind(self.owners[name][1]) not in NORMS
 
@@ -572,7 +617,7 @@ class Trace(TorchDispatchMode):
             if name.endswith("weight"):
                 self._record("norm", owner, ids.flatten(-parameter.dim()), -1)
         elif kind(module) not in NORMS and isinstance(parameter, nn.Parameter):
-            ids = self.nodes.bare[torch.unique(_narrow(ids)[0][0])]
+            ids = self.nodes.bare[_kinds(ids)]
             self.notes.append((ids, f"'{name}' goes into its units and is left as it is"))
 
     def _matmul(self, op: str, args: Any, out: Tensor) -> None:
@@ -605,11 +650,18 @@ class Trace(TorchDispatchMode):
             return
         a, b = self.ids(first), self.ids(second)
         for own, other in ((a, b), (b, a)):
-            if own is not None and other is not None and (self.nodes.bare[_narrow(own)[0][0]] == 0).all() and own.max() > DATA:
+            if (
+                own is not None
+                and other is not None
+                and (self.nodes.bare[_narrow(own)[0][0]] == 0).all()
+                and own.max() > DATA
+            ):
                 # no unit and no data but parameters only
-                self.refuse(other, f"the weight of {self._why} is computed, not a parameter")
+                self.refuse(other, f"{self._why} multiplies it by a weight that is computed, not a parameter")
         rows = None if a is None else self.nodes.merge(a, self._why)[..., :, None].expand(out.shape)
-        columns = None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        columns = (
+            None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        )
         result = self.nodes.product(rows, columns)
         if op in ("addmm", "baddbmm"):
             added = self.ids(args[0])
@@ -637,7 +689,7 @@ class Trace(TorchDispatchMode):
         entry, ids = self.parameter(weight), self.ids(x)
         spread = (1,) * (out.dim() - 2)
         if entry is None or weight.shape != entry[1].shape:
-            self.refuse(ids, f"the weight of {self._why} is computed, not a parameter")
+            self.refuse(ids, f"{self._why} multiplies it by a weight that is computed, not a parameter")
             self.put(out, torch.tensor(DATA, device="cpu").expand(out.shape))
             return
         name = entry[0]
@@ -670,9 +722,11 @@ class Trace(TorchDispatchMode):
             self._record("norm", self.owners[named[0][0]][0], columns, axis)
         else:
             self._repeated_norm([self.ids(t) for t in affine if isinstance(t, Tensor)], columns)
-        if "batch" not in op:
+        # of an instance norm on features without channels, a channel is a sample
+        across = "batch" in op and self.nodes.merge(columns.transpose(0, 1).flatten(1), self._why)
+        if "batch" not in op or bool((self.nodes.left[across] < 0).any()):
             at = label(*self._stack[-1]) if self._stack else "a norm"
-            self.notes.append((torch.unique(_narrow(ids)[0][0]), f"{at} couples its units"))
+            self.notes.append((_kinds(ids), f"{at} couples its units"))
         return ids
 
     def _repeated_norm(self, affine: Sequence[Tensor | None], columns: Tensor) -> None:
@@ -709,7 +763,7 @@ class Trace(TorchDispatchMode):
             moved = {id(args[0]), id(args[2])}
         else:
             moved = {id(args[0])}
-        accumulates = op == "index_put" and (len(args) > 3 and args[3] or kwargs.get("accumulate"))
+        accumulates = op == "index_put" and ((len(args) > 3 and args[3]) or kwargs.get("accumulate"))
         for tensor in tensors:
             if id(tensor) not in moved:
                 self.refuse(self.ids(tensor), f"{self._why} takes it for an index")
@@ -750,7 +804,9 @@ class Trace(TorchDispatchMode):
         axes = [axis % max(ids.dim(), 1) for axis in axes]
         kept = [axis for axis in range(ids.dim()) if axis not in axes]
         merged = self.nodes.merge(ids.permute(kept + axes).flatten(len(kept)), self._why) if axes else ids
-        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if given.get("keepdim") else merged
+        return (
+            merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if given.get("keepdim") else merged
+        )
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
@@ -763,4 +819,3 @@ def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
     if weight.shape == shape[::-1] and (weight.stride() == strides[::-1] or 1 in shape):
         return 1
     return 0 if weight.shape == shape and weight.stride() == strides else None
-

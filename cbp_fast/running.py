@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _call(inputs: Any) -> Forward:
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
-    """Forwards on inputs that may fit, each in a batch of 2 and of 3, for a model whose forward needs one tensor."""
+    """Forwards that run, each in a batch of 2 and of 3, for a model whose forward needs one tensor."""
     parameters = inspect.signature(model.forward).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -73,7 +74,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
     if first is None:
         return
     weight = first.get_parameter("weight")
-    options: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if kind(first) == "Embedding":
         options["dtype"] = torch.int64
         shapes = [(size,) for size in _SIZES if size <= 64]
@@ -81,8 +82,21 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
         shapes = [(read_width(first), *(size,) * spatial_axes(first)) for size in _SIZES]
     else:
         shapes = [(read_width(first),)]
+    # what is larger takes too long to try
+    shapes = [shape for shape in shapes if math.prod(shape) <= 2**18]
+    saved = [t.detach().clone() for t in (*model.parameters(), *model.buffers())] if len(shapes) > 1 else []
     for shape in shapes:
-        yield _on_batch(2, shape, options), _on_batch(3, shape, options)
+        if len(shapes) == 1 or _fits(model, _on_batch(2, shape, options), saved):
+            yield _on_batch(2, shape, options), _on_batch(3, shape, options)
+
+
+def _fits(model: nn.Module, forward: Forward, saved: Sequence[torch.Tensor]) -> bool:
+    with restored(model, saved), torch.no_grad():
+        try:
+            forward(model)
+        except Exception:  # the user's code may raise anything
+            return False
+    return True
 
 
 def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Forward:
@@ -119,7 +133,10 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
                 for key, value in vars(module).items():
                     if key not in own or key == "_buffers":
                         left.append((f"{name}.{key}" if name else key, value))
-            left[:] = [(name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v) for name, v in left]
+            left[:] = [
+                (name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v)
+                for name, v in left
+            ]
             for container, content in zip(held, saved, strict=True):
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
@@ -128,18 +145,19 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
                 parameter.requires_grad_(requires_grad)
 
 
-def without_memory(model: nn.Module) -> None:
-    """Puts parameters and buffers on the meta device; to be called under `untouched`, which takes them back."""
-    moved: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in moved:
-                    copy = tensor.detach().to("meta")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-                if tensor is not None:
-                    tensors[key] = moved[id(tensor)]
+@contextlib.contextmanager
+def restored(model: nn.Module, saved: Sequence[torch.Tensor] | None = None) -> Iterator[None]:
+    """Puts back parameters and buffers, in memory (their values are `saved`, or as now), and all that `untouched` does."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone() for t in tensors] if saved is None else saved
+    with untouched(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    with torch.autograd._unsafe_preserve_version_counter(tensor):
+                        tensor.copy_(value)
 
 
 def _is_container(value: Any) -> bool:

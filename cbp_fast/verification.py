@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .running import Forward, forwards, tensors_in, unwrapped, untouched
+from .running import Forward, forwards, restored, tensors_in, untouched, unwrapped
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
 
@@ -49,9 +48,9 @@ def verify_unit_group(model: nn.Module, group: UnitGroup, example_inputs: Any) -
 
 
 def _failure(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward]) -> str:
-    units = torch.arange(0, group.num_units, 2)
-    with _restored(model), torch.no_grad(), _Uncoupled():
-        generator = torch.Generator().manual_seed(0)
+    units = torch.arange(0, group.num_units, 2, device="cpu")
+    with restored(model), torch.no_grad(), _Uncoupled():
+        generator = torch.Generator("cpu").manual_seed(0)
         for p in model.parameters():
             if p.is_floating_point():
                 p.add_(_noise(p, generator) * (0.1 * p.abs().mean() + 0.01))
@@ -64,35 +63,23 @@ def _failure(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward]) ->
             for tensor, index, default in _made(group, units):
                 _fill(tensor, (index,), value if value is None or default is None else default, generator)
 
-        with _restored(model):
+        with restored(model):
             plain, moved = _outputs(model, runs), (rows(None), _outputs(model, runs))[1]
             if not _differ(plain, moved):
                 return "the output does not depend on its units, so that the check shows nothing"
-        with _restored(model):
+        with restored(model):
             columns(0.0)
             before = _outputs(model, runs)
             rows(None)
             if _differ(before, _outputs(model, runs)):
-                return "its units reach the output by another way than the columns of its outgoing layers"
+                return (
+                    "its units reach the output by another way than the columns of its outgoing layers (as by a norm "
+                    "over features that is written by hand)"
+                )
         rows(0.0)
         if _differ(*(_features(model, group, units, runs, vary) for vary in (False, True))):
             return "the columns of its outgoing layers read something else than its units"
     return ""
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts back parameters and buffers, in memory, and all that `untouched` does."""
-    tensors = [*model.parameters(), *model.buffers()]
-    saved = [t.detach().clone() for t in tensors]
-    with untouched(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, before in zip(tensors, saved, strict=True):
-                    with torch.autograd._unsafe_preserve_version_counter(tensor):
-                        tensor.copy_(before)
 
 
 class _Uncoupled(TorchFunctionMode):
@@ -112,14 +99,14 @@ class _Uncoupled(TorchFunctionMode):
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
 
 
 def _fill(tensor: Tensor, index: tuple[Tensor, ...], value: float | None, generator: torch.Generator) -> None:
     """Sets entries to a value, or (None) to random numbers between 0.5 and 2."""
     place = tensor[index]
     if value is None:
-        place = (torch.rand(place.shape, generator=generator) * 1.5 + 0.5).to(place)
+        place = (torch.rand(place.shape, generator=generator, device="cpu") * 1.5 + 0.5).to(place)
     else:
         place = torch.full_like(place, value)
     tensor[index] = place
@@ -127,7 +114,7 @@ def _fill(tensor: Tensor, index: tuple[Tensor, ...], value: float | None, genera
 
 def _indices(member: Member, units: Tensor) -> Tensor:
     start, unit_stride, per_unit, position_stride = member.block
-    return (start + units[:, None] * unit_stride + torch.arange(per_unit) * position_stride).flatten()
+    return (start + units[:, None] * unit_stride + torch.arange(per_unit, device="cpu") * position_stride).flatten()
 
 
 def _made(group: ResolvedGroup, units: Tensor) -> Iterator[tuple[Tensor, Tensor, float | None]]:

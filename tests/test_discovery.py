@@ -1,0 +1,1133 @@
+"""Discovery: what is found, what is left out and why, and that rows, norm entries and columns belong to each other."""
+
+import copy
+import random
+import time
+
+import networks
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, mlp
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from cbp_fast.discovery import explain, find_unit_groups
+from cbp_fast.unit_groups import Part, UnitGroup, check_disjoint, resolve
+from cbp_fast.verification import verify_unit_group, verify_unit_groups
+
+
+def functional_mlp(function, **layers):
+    return Net(lambda m, x: m.fc2(function(m, m.fc1(x))), fc1=nn.Linear(5, 6), **layers, fc2=nn.Linear(6, 3))
+
+
+def cnn(function, positions=16, **layers):
+    """conv (6 channels on 4 x 4 positions) -> function -> fc."""
+    conv, fc = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(6 * positions, 3)
+    return Net(lambda m, x: m.fc(function(m, m.conv(x))), conv=conv, **layers, fc=fc)
+
+
+def two_convs(*between):
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), *between, nn.Conv2d(6, 4, 3))
+
+
+def conv_net(d):
+    conv, norm, pool = (getattr(nn, f"{kind}{d}d") for kind in ("Conv", "BatchNorm", "MaxPool"))
+    first = (conv(2, 6, 3, padding=1, bias=False), norm(6), nn.ReLU(), pool(2))
+    return nn.Sequential(*first, conv(6, 4, 1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 2**d, 3))
+
+
+def nested():
+    body = nn.Sequential(nn.Sequential(nn.Linear(5, 6), nn.ReLU()), nn.Sequential(nn.Linear(6, 4), nn.Tanh()))
+    return Net(lambda m, x: m.head(m.body(x)), body=body, head=nn.Linear(4, 3))
+
+
+def two_heads():
+    def forward(m, x):
+        h = torch.relu(m.body(x))
+        return m.actor(h), m.critic(m.norm(h))
+
+    return Net(forward, body=nn.Linear(5, 6), norm=nn.LayerNorm(6), actor=nn.Linear(6, 3), critic=nn.Linear(6, 1))
+
+
+def grouped_reader():
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 2, groups=2), nn.Flatten(), nn.Linear(4, 3))
+
+
+def depthwise_producer():
+    return nn.Sequential(nn.Conv2d(2, 2, 3, groups=2), nn.ReLU(), nn.Conv2d(2, 4, 2))
+
+
+def batch_named_first():
+    def forward(m, x):
+        batch = x.size(0)
+        return m.fc(F.relu(m.conv(x)).reshape([batch, -1]))
+
+    return Net(forward, conv=nn.Conv2d(2, 6, 3, padding=1), fc=nn.Linear(96, 3))
+
+
+def shape_unpacked(m, h):
+    b, c, height, width = h.shape
+    return h.view(b, c * height * width)
+
+
+FLAT, IMAGE = (5,), (2, 4, 4)
+MLP, FC, CONV = [("0", ["2"], [])], [("fc1", ["fc2"], [])], [("conv", ["fc"], [])]
+# name: (network, shape of one input, groups as (name, outgoing, norms))
+NETWORKS = {
+    "mlp": (lambda: mlp(nn.ReLU()), FLAT, MLP),
+    "mlp on sequences": (lambda: mlp(nn.ReLU()), (7, 5), MLP),
+    "one unit": (lambda: mlp(nn.ReLU(), width=1), FLAT, MLP),
+    "no bias": (lambda: nn.Sequential(nn.Linear(5, 6, False), nn.GELU(), nn.Linear(6, 3, False)), FLAT, MLP),
+    "sigmoid": (lambda: mlp(nn.Sigmoid()), FLAT, MLP),
+    "nothing between": (lambda: mlp(), FLAT, [("0", ["1"], [])]),
+    "deep": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.ELU(), nn.Dropout(0.2), nn.Linear(6, 4), nn.SiLU(), nn.Linear(4, 3)),
+        FLAT,
+        [("0", ["3"], []), ("3", ["5"], [])],
+    ),
+    "nested": (nested, FLAT, [("body.0.0", ["body.1.0"], []), ("body.1.0", ["head"], [])]),
+    "two heads": (two_heads, FLAT, [("body", ["actor", "critic"], ["norm"])]),
+    "functional": (lambda: functional_mlp(lambda m, h: F.dropout(F.relu(h), 0.2)), FLAT, FC),
+    "with scalars": (lambda: functional_mlp(lambda m, h: 1 - 2 * h.sigmoid() / 3), FLAT, FC),
+    "with its own sizes": (lambda: functional_mlp(lambda m, h: h / h.size(-1) + h.dim()), FLAT, FC),
+    "to the dtype of a weight": (lambda: functional_mlp(lambda m, h: h.to(m.fc2.weight.dtype)), FLAT, FC),
+    "own swish": (lambda: functional_mlp(lambda m, h: h * torch.sigmoid(h)), FLAT, FC),
+    "activation used twice": (lambda: functional_mlp(lambda m, h: m.act(m.act(h)), act=nn.Tanh()), FLAT, FC),
+    "shared slope": (lambda: mlp(nn.PReLU()), FLAT, MLP),
+    "batch norm": (lambda: mlp(nn.BatchNorm1d(6), nn.ReLU()), FLAT, [("0", ["3"], ["1"])]),
+    "layer norm": (lambda: mlp(nn.LayerNorm(6), nn.ReLU()), FLAT, [("0", ["3"], ["1"])]),
+    "rms norm": (lambda: mlp(nn.ReLU(), nn.RMSNorm(6)), FLAT, [("0", ["3"], ["2"])]),
+    "group norm on features": (lambda: mlp(nn.GroupNorm(2, 6)), FLAT, [("0", ["2"], ["1"])]),
+    "two norms": (lambda: mlp(nn.BatchNorm1d(6), nn.ReLU(), nn.LayerNorm(6)), FLAT, [("0", ["4"], ["1", "3"])]),
+    "conv 1d": (lambda: conv_net(1), (2, 4), [("0", ["4"], ["1"]), ("4", ["7"], [])]),
+    "conv 2d": (lambda: conv_net(2), (2, 4, 4), [("0", ["4"], ["1"]), ("4", ["7"], [])]),
+    "conv 3d": (lambda: conv_net(3), (2, 4, 4, 4), [("0", ["4"], ["1"]), ("4", ["7"], [])]),
+    "grouped reader": (grouped_reader, IMAGE, [("0", ["2"], []), ("2", ["4"], [])]),
+    "depthwise producer": (depthwise_producer, IMAGE, MLP),
+    "group norm": (lambda: two_convs(nn.GroupNorm(3, 6), nn.ReLU()), IMAGE, [("0", ["3"], ["1"])]),
+    "instance norm": (lambda: two_convs(nn.InstanceNorm2d(6, affine=True)), IMAGE, [("0", ["2"], ["1"])]),
+    "layer norm on positions": (lambda: two_convs(nn.LayerNorm((6, 4, 4))), IMAGE, [("0", ["2"], ["1"])]),
+    "layer norm on flattened": (
+        lambda: cnn(lambda m, h: m.norm(h.flatten(1)), norm=nn.LayerNorm(96)),
+        IMAGE,
+        [("conv", ["fc"], ["norm"])],
+    ),
+    "dropout of channels": (
+        lambda: cnn(lambda m, h: F.dropout(m.drop(h).flatten(1), 0.3), drop=nn.Dropout2d(0.3)),
+        IMAGE,
+        CONV,
+    ),
+    "batch named first": (batch_named_first, IMAGE, CONV),
+    "shape unpacked": (lambda: cnn(shape_unpacked), IMAGE, CONV),
+}
+POOLS = {
+    "nn.MaxPool2d": (nn.MaxPool2d(2), 4),
+    "nn.AvgPool2d": (nn.AvgPool2d(2), 4),
+    "nn.AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(1), 1),
+    "nn.AdaptiveMaxPool2d": (nn.AdaptiveMaxPool2d(3), 9),
+    "nn.LPPool2d": (nn.LPPool2d(2, 2), 4),
+    "F.max_pool2d": (lambda h: F.max_pool2d(h, 2), 4),
+    "torch.max_pool2d": (lambda h: torch.max_pool2d(h, 2), 4),
+    "F.avg_pool2d": (lambda h: F.avg_pool2d(h, kernel_size=2), 4),
+    "F.adaptive_avg_pool2d": (lambda h: F.adaptive_avg_pool2d(h, (1, 1)), 1),
+    "F.adaptive_max_pool2d": (lambda h: F.adaptive_max_pool2d(h, 2), 4),
+    "F.lp_pool2d": (lambda h: F.lp_pool2d(h, 2, 2), 4),
+}
+FLATTENS = {
+    "torch.flatten": lambda h: torch.flatten(h, 1),
+    "torch.flatten by name": lambda h: torch.flatten(h, start_dim=1),
+    "x.flatten": lambda h: h.flatten(1),
+    "x.flatten by name": lambda h: h.flatten(start_dim=1, end_dim=-1),
+    "x.view size(0)": lambda h: h.view(h.size(0), -1),
+    "x.view shape[0]": lambda h: h.view(h.shape[0], -1),
+    "x.view size()[0]": lambda h: h.view(h.size()[0], -1),
+    "x.view tuple": lambda h: h.view((h.size(0), -1)),
+    "x.view all sizes": lambda h: h.view(h.size(0), 96),
+    "x.reshape": lambda h: h.reshape(h.shape[0], -1),
+    "torch.reshape": lambda h: torch.reshape(h, (h.shape[0], -1)),
+    "torch.reshape by name": lambda h: torch.reshape(h, shape=(h.shape[0], -1)),
+    "contiguous": lambda h: h.contiguous().view(h.size(0), -1),
+}
+NETWORKS |= {
+    name: (lambda p=pool, n=n: cnn(lambda m, h: p(h).flatten(1), n), IMAGE, CONV)
+    for name, (pool, n) in POOLS.items()
+    if not isinstance(pool, nn.Module)
+}
+NETWORKS |= {
+    name: (lambda p=pool, n=n: cnn(lambda m, h: m.pool(h).flatten(1), n, pool=p), IMAGE, CONV)
+    for name, (pool, n) in POOLS.items()
+    if isinstance(pool, nn.Module)
+}
+NETWORKS |= {name: (lambda f=flatten: cnn(lambda m, h: f(h)), IMAGE, CONV) for name, flatten in FLATTENS.items()}
+
+
+def build(name):
+    """A network in double precision, and its input."""
+    torch.manual_seed(0)
+    make, shape, groups = NETWORKS[name]
+    return make().double(), torch.randn(3, *shape, dtype=torch.float64), groups
+
+
+def as_rows(groups):
+    return [(g.name, list(g.outgoing), list(g.norms)) for g in groups]
+
+
+@pytest.mark.parametrize("guess", [True, False], ids=["guessed", "given"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_groups_of_a_network(name, guess):
+    model, x, expected = build(name)
+    groups = find_unit_groups(model, None if guess else x)
+    assert as_rows(groups) == expected
+    assert all(g.incoming == (g.name,) for g in groups)
+    check_disjoint([resolve(model, g) for g in groups])
+
+
+def shifted(model, group):
+    """A group whose rows and norm entries are those of the next unit."""
+    found = resolve(model, group)
+
+    def parts(members, by):
+        return [Part(m.name, m.block.start + by * m.block.unit_stride, *m.block[2:0:-1], m.block[3]) for m in members]
+
+    incoming, norms = parts(found.incoming, 1), parts(found.norms, 1)
+    return UnitGroup(group.name, incoming, parts(found.outgoing, 0), norms, found.num_units - 1)
+
+
+def assert_verified(model, groups, x):
+    for group in groups:
+        verify_unit_group(model, group, x)
+        if resolve(model, group).num_units > 1:
+            with pytest.raises(ValueError, match="does not pass the check|side by side"):
+                verify_unit_group(model, shifted(model, group), x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_norm_entries_and_columns_belong_to_each_other(name, training):
+    model, x, _ = build(name)
+    model.train(training)
+    assert_verified(model, find_unit_groups(model, x), x)
+
+
+# networks of the kinds that people train
+
+
+IMAGES, TOKENS, ROWS, SEQUENCE = (
+    torch.randn(2, 3, 8, 8),
+    torch.arange(14).view(2, 7) % 11,
+    torch.randn(4, 5),
+    torch.randn(4, 2, 5),
+)
+TOKEN_ROWS = torch.randn(16, 5)
+RESNET = """3.conv1: 3.conv1 -> 3.conv2 | 3.bn1
+4.conv1: 4.conv1 -> 4.conv2 | 4.bn1
+5.conv1: 5.conv1 -> 5.conv2 | 5.bn1
+6.conv1: 6.conv1 -> 6.conv2 | 6.bn1
+7.conv1: 7.conv1 -> 7.conv2 | 7.bn1
+8.conv1: 8.conv1 -> 8.conv2 | 8.bn1
+9.conv1: 9.conv1 -> 9.conv2 | 9.bn1
+10.conv1: 10.conv1 -> 10.conv2 | 10.bn1
+* 0: 0 3.conv2 4.conv2 -> 3.conv1 4.conv1 5.conv1 5.down.0 | 1 3.bn2 4.bn2
+* 5.conv2: 5.conv2 5.down.0 6.conv2 -> 6.conv1 7.conv1 7.down.0 | 5.bn2 5.down.1 6.bn2
+* 7.conv2: 7.conv2 7.down.0 8.conv2 -> 8.conv1 9.conv1 9.down.0 | 7.bn2 7.down.1 8.bn2
+* 9.conv2: 9.conv2 9.down.0 10.conv2 -> 10.conv1 13 | 9.bn2 9.down.1 10.bn2"""
+TRANSFORMER = """blocks.0.attention.qkv:16-23: blocks.0.attention.qkv[16] -> blocks.0.attention.out
+blocks.0.mlp.0: blocks.0.mlp.0 -> blocks.0.down
+blocks.1.attention.qkv:16-23: blocks.1.attention.qkv[16] -> blocks.1.attention.out
+blocks.1.mlp.0: blocks.1.mlp.0 -> blocks.1.down"""
+STREAM = """blocks.0.attention.out blocks.0.down blocks.1.attention.out blocks.1.down -> blocks.0.attention.qkv blocks.0.mlp.0 \
+blocks.1.attention.qkv blocks.1.mlp.0 head | blocks.0.norm1 blocks.0.norm2 blocks.1.norm1 blocks.1.norm2 norm"""
+# name: (network, example inputs, groups; those with a star are coupled)
+ZOO = {
+    "resnet18": (networks.resnet18, IMAGES, RESNET),
+    "convnext": (
+        networks.convnext,
+        IMAGES,
+        """1.up: 1.up -> 1.down
+        2.up: 2.up -> 2.down
+        * 0: 0 1.down 2.down 1.depthwise 2.depthwise -> 1.up 2.up 6 | 1.norm 2.norm 5""",
+    ),
+    "mobilenet": (
+        networks.mobilenet,
+        IMAGES,
+        """1.body.0: 1.body.0 1.body.3 -> 1.body.6 | 1.body.1 1.body.4
+        * 0: 0 1.body.6 -> 1.body.0 4 | 1.body.7""",
+    ),
+    "vit": (networks.ViT, IMAGES, f"{TRANSFORMER}\n* patches: patches {STREAM}"),
+    "gpt": (networks.GPT, TOKENS, TRANSFORMER),
+    "gpt with a head of its own": (
+        lambda: networks.GPT(tied=False),
+        TOKENS,
+        f"{TRANSFORMER}\n* tokens: tokens positions {STREAM}",
+    ),
+    "llama": (
+        lambda: networks.Llama(depth=1),
+        TOKENS,
+        """blocks.0.gate: blocks.0.gate blocks.0.up -> blocks.0.down
+        * tokens: tokens blocks.0.o blocks.0.down -> blocks.0.q blocks.0.k blocks.0.v blocks.0.gate blocks.0.up head""",
+    ),
+    "encoder layer": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3)),
+        SEQUENCE,
+        "1.linear1: 1.linear1 -> 1.linear2",
+    ),
+    "actor and critic": (networks.actor_critic, ROWS, "body: body -> policy critic\npolicy: policy -> actor"),
+    "heads": (networks.multi_head, [(ROWS, "a"), (ROWS, "b")], "body: body -> heads.a heads.b"),
+    "one head": (networks.multi_head, ROWS, ""),
+    "tied autoencoder": (networks.tied_autoencoder, ROWS, ""),
+    "lstm": (networks.lstm, SEQUENCE, ""),
+    "lstm in double precision": (lambda: networks.lstm().double(), SEQUENCE.double(), ""),
+    "rnn by hand": (networks.hand_rnn, SEQUENCE, "inputs: inputs -> inner"),
+    "weight norm": (networks.weight_norm, ROWS, "4: 4 -> 6"),
+    "lora": (networks.lora, ROWS, "0.a: 0.a -> 0.b\n2.a: 2.a -> 2.b"),
+    "one branch": (networks.python_if, ROWS.abs(), "fc2: fc2 -> fc3"),
+    "both branches": (networks.python_if, [ROWS.abs(), -ROWS.abs()], "fc1: fc1 -> fc2 short\nfc2: fc2 -> fc3"),
+    "experts": (
+        networks.MoE,
+        TOKEN_ROWS,
+        """experts.0.0: experts.0.0 -> experts.0.2
+        experts.1.0: experts.1.0 -> experts.1.2
+        * inputs: inputs experts.0.2 experts.1.2 -> router experts.0.0 experts.1.0 head""",
+    ),
+    "squeeze and excite": (
+        networks.squeeze_excite,
+        IMAGES,
+        "1.fc1: 1.fc1 -> 1.fc2\n* 0: 0 1.fc2 -> 1.fc1 2",
+    ),
+    "gate and up": (networks.gated, ROWS, "gate: gate up -> down"),
+    "glu": (networks.fused_glu, ROWS, "both: both both[6] -> down"),
+    "fused gate and up": (networks.fused_swiglu, ROWS, "both: both both[6] -> down"),
+    "u-net": (
+        networks.UNet,
+        IMAGES,
+        "first: first -> deep last[5]\ndeep: deep -> up\nup: up -> last",
+    ),
+    "cat with the input": (networks.with_raw_input, ROWS, "a: a -> b[5]"),
+    "twins": (networks.siamese, ROWS, "body.0: body.0 -> body.2\nbody.2: body.2 -> head"),
+    "both signs": (networks.crelu, ROWS, "a: a -> b"),
+    "channels last, flattened": (
+        lambda: Net(lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 6, 3), b=nn.Linear(216, 3)),
+        IMAGES,
+        "a: a -> b",
+    ),
+    "tokens joined": (
+        lambda: Net(lambda m, x: m.b(m.a(x).flatten(1)), a=nn.Linear(5, 6), b=nn.Linear(12, 3)),
+        SEQUENCE,
+        "a: a -> b",
+    ),
+    "halves to different readers": (
+        lambda: Net(
+            lambda m, x: m.b(m.a(x)[:, :2]) + m.c(m.a(x)[:, 2:]),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(2, 3),
+            c=nn.Linear(4, 3),
+        ),
+        ROWS,
+        "a:0-1: a -> b\na:2-5: a[2] -> c",
+    ),
+}
+
+
+def shown(parts):
+    return " ".join(
+        part if isinstance(part, str) else f"{part.layer}[{part.start}]" if part.start else part.layer for part in parts
+    )
+
+
+def lines(groups):
+    rows = (f"{g.name}: {shown(g.incoming)} -> {shown(g.outgoing)} | {shown(g.norms)}" for g in groups)
+    return {row.removesuffix(" | ") for row in rows}
+
+
+def zoo(name):
+    torch.manual_seed(0)
+    make, inputs, expected = ZOO[name]
+    rows = [row.strip() for row in expected.splitlines()]
+    return make(), inputs, {row for row in rows if row[0] != "*"}, {row.removeprefix("* ") for row in rows}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_groups_of_networks_that_people_train(name):
+    model, inputs, safe, with_coupled = zoo(name)
+    assert lines(find_unit_groups(model, inputs)) == safe
+    groups = find_unit_groups(model, inputs, include_coupled=True)
+    assert lines(groups) == with_coupled
+    check_disjoint([resolve(model, group) for group in groups])
+
+
+# the check cannot tell a norm that is written by hand from another way to the output
+HAND_WRITTEN = {"llama": {"tokens"}}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_groups_of_networks_that_people_train_pass_the_check(name):
+    model, inputs, _, _ = zoo(name)
+    model = model.double()
+    double = [i.double() if isinstance(i, torch.Tensor) and i.is_floating_point() else i for i in [inputs]]
+    if isinstance(inputs, list):
+        double = [
+            tuple(t.double() if isinstance(t, torch.Tensor) else t for t in (i if isinstance(i, tuple) else (i,)))
+            for i in inputs
+        ]
+    groups = find_unit_groups(model, double, include_coupled=True)
+    assert_verified(model, [g for g in groups if g.name not in HAND_WRITTEN.get(name, ())], double)
+
+
+REASONS = {
+    ("vit", "head"): "it makes the model's output",
+    (
+        "vit",
+        "patches",
+    ): "several layers add into its units, and readers see different sums (a residual stream, or a shared "
+    "reader); include_coupled=True takes them together",
+    ("vit", "blocks.0.attention.qkv"): "units 0-7: its features are mixed by ",
+    ("gpt", "tokens"): "'tokens.weight' is tied: it shares its memory with 'head.weight'",
+    ("gpt", "head"): "'head.weight' is tied: it shares its memory with 'tokens.weight'",
+    ("llama", "blocks.0.v"): "'blocks.0.o' reads its units in no regular order",
+    ("encoder layer", "0"): "'1.self_attn.in_proj_weight' is not the weight of one of Linear, ",
+    (
+        "encoder layer",
+        "1.self_attn",
+    ): "'1.self_attn.out_proj.weight' reads it, but not in a call of '1.self_attn.out_proj'",
+    ("actor and critic", "actor"): "it makes the model's output [0].loc",
+    ("one head", "body"): "'heads.b' (Linear) is not reached but has its width, and may share its units elsewhere",
+    ("one head", "heads.b"): "forward() does not reach it",
+    (
+        "tied autoencoder",
+        "encoder",
+    ): "'encoder.weight' is used in two ways: matrix product, matrix product with its transpose",
+    ("lstm", "fc"): "mkldnn_rnn_layer in 'lstm' (LSTM) has no rule",
+    ("lstm", "lstm"): "its weights go into mkldnn_rnn_layer in 'lstm' (LSTM), which makes no units",
+    ("lstm in double precision", "lstm"): "'lstm.weight_hh_l0' both makes and reads it (recurrent,",
+    ("rnn by hand", "recurrent"): "'recurrent.weight' both makes and reads it (recurrent,",
+    (
+        "weight norm",
+        "0",
+    ): "addmm in '2' (ParametrizedLinear) multiplies it by a weight that is computed, not a parameter",
+    ("weight norm", "2"): "its weight is computed (parametrized, pruned), not a parameter",
+    ("lora", "0.b"): "'0.base.weight' is frozen (requires_grad is False)",
+    ("one branch", "fc1"): "'short' (Linear) is not reached but has its width",
+    ("experts", "router"): "its features are mixed by _softmax in the model",
+}
+
+
+@pytest.mark.parametrize(("name", "layer"), REASONS, ids=" ".join)
+def test_reason_of_a_layer_left_out(name, layer):
+    model, inputs, _, _ = zoo(name)
+    (line,) = [line for line in explain(model, inputs).splitlines() if line.startswith(f"'{layer}' (")]
+    assert REASONS[name, layer] in line
+
+
+@pytest.mark.parametrize("name", ["vit", "mobilenet", "gpt with a head of its own"])
+def test_groups_do_not_depend_on_how_the_model_runs(name):
+    model, inputs, _, _ = zoo(name)
+
+    def found(model=model, inputs=inputs):
+        return find_unit_groups(model, inputs, include_coupled=True)
+
+    expected = found()
+    assert found(copy.deepcopy(model).eval()) == expected
+    for context in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ):
+        with context:
+            assert found() == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        # the copies of weights that this forward leaves in autocast's cache are not taken for weights
+        model(inputs)
+        assert found() == expected
+    assert found(copy.deepcopy(model).to("meta"), inputs.to("meta")) == expected
+    assert (
+        found(copy.deepcopy(model).bfloat16(), inputs.bfloat16() if inputs.is_floating_point() else inputs) == expected
+    )
+    if inputs.dim() == 4:
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        assert found(last, inputs.to(memory_format=torch.channels_last)) == expected
+    assert found(inputs=lambda m: m(inputs).sum().backward()) == expected
+    assert all(p.grad is None for p in model.parameters())
+    assert found(torch.compile(model, backend="eager")) == expected
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    assert found(compiled) == expected
+
+
+def test_groups_of_a_model_in_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = mlp(nn.ReLU())
+        assert as_rows(find_unit_groups(nn.parallel.DistributedDataParallel(model), ROWS)) == MLP
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# refusals
+
+
+class LinearPlusOne(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def frozen(layer):
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def residual():
+    def forward(m, x):
+        h = m.fc1(x)
+        return m.fc3(h + m.fc2(torch.relu(h)))
+
+    return Net(forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 6), fc3=nn.Linear(6, 3))
+
+
+def hidden_is_returned():
+    def forward(m, x):
+        h = torch.relu(m.fc1(x))
+        return m.fc2(h), {"hidden": h}
+
+    return Net(forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+
+
+def hidden_is_kept():
+    def forward(m, x):
+        m.last = torch.relu(m.fc1(x))
+        return m.fc2(m.last)
+
+    return Net(forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+
+
+def hidden_in_buffer():
+    def forward(m, x):
+        h = m.fc1(x) + m.state
+        m.state.copy_(h.detach())
+        return m.fc2(h)
+
+    model = Net(forward, fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+    model.register_buffer("state", torch.zeros(3, 6))
+    return model
+
+
+def weight_used(function):
+    return Net(lambda m, x: m.fc2(m.fc1(x)) + function(m), fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+
+
+def branches(function):
+    return Net(lambda m, x: m.fc2(m.fc1(x)) + function(m.fc1(x)), fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+
+
+def embedding(**options):
+    return nn.Sequential(nn.Embedding(7, 6, **options), nn.Linear(6, 3))
+
+
+INDICES = torch.tensor([[1, 2], [3, 4]])
+MIXED = "its features are mixed by {}"
+COMPUTED = "multiplies it by a weight that is computed, not a parameter"
+TWO_WAYS = "'{}.weight' is used in two ways: "
+APART = "takes several of its units for one"
+# name: (network, shape of one input or the batch, layer left out, reason)
+REFUSED = {
+    "last layer": (lambda: mlp(nn.ReLU()), FLAT, "2", "it makes the model's output"),
+    "hidden units returned": (
+        hidden_is_returned,
+        FLAT,
+        "fc1",
+        "its units are part of the model's output [1]['hidden']",
+    ),
+    "hidden units kept": (hidden_is_kept, FLAT, "fc1", "its units are kept in the attribute 'last'"),
+    "hidden units in a buffer": (hidden_in_buffer, FLAT, "fc1", "writes it to 'state' that outlives the forward"),
+    "no reader": (
+        lambda: Net(lambda m, x: m.fc2((m.fc1(x), x)[1]), fc1=nn.Linear(5, 6), fc2=nn.Linear(5, 3)),
+        FLAT,
+        "fc1",
+        "no layer reads it",
+    ),
+    "not called": (
+        lambda: Net(lambda m, x: m.b(x), a=nn.Linear(5, 6), b=nn.Linear(5, 3)),
+        FLAT,
+        "a",
+        "forward() does not reach it",
+    ),
+    "head not called": (
+        lambda: Net(lambda m, x: m.body(x), body=mlp(nn.ReLU()), other=nn.Linear(6, 7)),
+        FLAT,
+        "body.0",
+        "'other' (Linear) is not reached but has its width, and may share its units elsewhere: give example_inputs that",
+    ),
+    "softmax": (lambda: mlp(nn.Softmax(-1)), FLAT, "0", MIXED.format("_softmax in '1' (Softmax)")),
+    "sum over features": (
+        lambda: branches(lambda h: h.sum(-1, keepdim=True)),
+        FLAT,
+        "fc1",
+        "its units are part of the model's output",
+    ),
+    "sum added": (lambda: functional_mlp(lambda m, h: h + h.sum(-1, keepdim=True)), FLAT, "fc1", MIXED.format("sum")),
+    "cumsum": (lambda: functional_mlp(lambda m, h: h.cumsum(-1)), FLAT, "fc1", MIXED.format("cumsum")),
+    "fft": (
+        lambda: functional_mlp(lambda m, h: torch.fft.fft(h).real),
+        FLAT,
+        "fc1",
+        "_fft_r2c in the model has no rule",
+    ),
+    "sort": (lambda: functional_mlp(lambda m, h: h.sort(-1).values), FLAT, "fc1", "sort in the model has no rule"),
+    "number handed to Python": (
+        lambda: functional_mlp(lambda m, h: h / float(h.max())),
+        FLAT,
+        "fc1",
+        "_local_scalar_dense in the model has no rule",
+    ),
+    "read as bytes": (
+        lambda: functional_mlp(lambda m, h: h.view(torch.int16).view(torch.float32)),
+        FLAT,
+        "fc1",
+        "reinterprets its bytes",
+    ),
+    "other order": (
+        lambda: functional_mlp(lambda m, h: h[:, [3, 1, 4, 0, 5, 2]]),
+        FLAT,
+        "fc1",
+        "'fc2' reads its units in no regular order",
+    ),
+    "pooled features": (lambda: mlp(nn.MaxPool1d(3, 1, 1)), FLAT, "0", MIXED.format("max_pool2d_with_indices in '1'")),
+    "residual branch of one layer": (residual, FLAT, "fc2", "'fc2.weight' both makes and reads it"),
+    "added to the input": (
+        lambda: Net(lambda m, x: m.b(x + m.a(x)), a=nn.Linear(5, 5), b=nn.Linear(5, 3)),
+        FLAT,
+        "a",
+        "its features are added to data that no unit makes, and share columns with it",
+    ),
+    "rows of the input": (
+        lambda: Net(lambda m, x: m.b(torch.cat([x, m.a(x)])), a=nn.Linear(5, 5), b=nn.Linear(5, 3)),
+        FLAT,
+        "a",
+        "its features are added to data that no unit makes, and share columns with it",
+    ),
+    "two producers in turn": (
+        lambda: Net(
+            lambda m, x: m.c(torch.cat([m.a(x), m.b(x)])), a=nn.Linear(5, 6), b=nn.Linear(5, 6), c=nn.Linear(6, 3)
+        ),
+        FLAT,
+        "b",
+        "readers see different sums",
+    ),
+    "conv read without flatten": (lambda: cnn(lambda m, h: h, 1, fc=nn.Linear(4, 3)), IMAGE, "conv", APART),
+    "layer norm on one spatial axis": (lambda: two_convs(nn.LayerNorm(4)), IMAGE, "0", APART),
+    "batch norm of tokens": (lambda: mlp(nn.BatchNorm1d(7)), (7, 5), "0", APART),
+    "flatten of the batch": (
+        lambda: Net(lambda m, x: m.b(m.a(x).view(-1, 12)), a=nn.Linear(5, 6), b=nn.Linear(12, 3)),
+        torch.randn(4, 5),
+        "a",
+        None,
+    ),
+    "no batch": (lambda: cnn(lambda m, h: h.flatten(1), fc=nn.Linear(16, 3)), torch.randn(IMAGE), "conv", APART),
+    "functional linear": (
+        lambda: Net(lambda m, x: F.linear(m.fc1(x), m.w), fc1=nn.Linear(5, 6), w=nn.Parameter(torch.ones(3, 6))),
+        FLAT,
+        "fc1",
+        "'w' reads it, but not in a call of '' (Net)",
+    ),
+    "layer used by its weight": (
+        lambda: Net(lambda m, x: F.linear(m.a(x), m.b.weight), a=nn.Linear(5, 6), b=nn.Linear(6, 3)),
+        FLAT,
+        "a",
+        "'b.weight' reads it, but not in a call of 'b' (Linear), so that its features cannot be observed there",
+    ),
+    "slice of a weight": (
+        lambda: Net(lambda m, x: F.linear(m.a(x), m.b.weight[:2]), a=nn.Linear(5, 6), b=nn.Linear(6, 3)),
+        FLAT,
+        "a",
+        "it is read through a slice or a reshape of 'b.weight'",
+    ),
+    "weight of the layer used": (
+        lambda: weight_used(lambda m: m.fc1.weight.sum()),
+        FLAT,
+        "fc1",
+        TWO_WAYS.format("fc1"),
+    ),
+    "weight of the reader used": (
+        lambda: weight_used(lambda m: m.fc2.weight.norm()),
+        FLAT,
+        "fc1",
+        TWO_WAYS.format("fc2"),
+    ),
+    "reader called again": (
+        lambda: Net(lambda m, x: m.c(m.b(m.b(m.a(x)))), a=nn.Linear(5, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3)),
+        FLAT,
+        "a",
+        "'b.weight' both makes and reads it (recurrent, applied twice, or a residual branch of one layer)",
+    ),
+    "tied": (tied, FLAT, "0", "'0.weight' is tied: it shares its memory with '2.weight'"),
+    "frozen": (lambda: nn.Sequential(frozen(nn.Linear(5, 6)), nn.Linear(6, 3)), FLAT, "0", "'0.weight' is frozen"),
+    "frozen reader": (
+        lambda: nn.Sequential(nn.Linear(5, 6), frozen(nn.Linear(6, 3))),
+        FLAT,
+        "0",
+        "'1.weight' is frozen",
+    ),
+    "frozen norm": (lambda: mlp(frozen(nn.LayerNorm(6))), FLAT, "0", "'1.weight' is frozen"),
+    "parametrized": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 6)), nn.Linear(6, 3)),
+        FLAT,
+        "0",
+        "its weight is computed (parametrized, pruned), not a parameter",
+    ),
+    "pruned reader": (
+        lambda: nn.Sequential(nn.Linear(5, 6), prune.l1_unstructured(nn.Linear(6, 3), "weight", 0.5)),
+        FLAT,
+        "0",
+        COMPUTED,
+    ),
+    "convolution with a computed weight": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 1), parametrizations.weight_norm(nn.Conv2d(6, 3, 1))),
+        IMAGE,
+        "0",
+        COMPUTED,
+    ),
+    "forward overridden": (
+        lambda: nn.Sequential(LinearPlusOne(5, 6), nn.Linear(6, 3)),
+        FLAT,
+        "0",
+        "'0' (LinearPlusOne) overrides forward(), so what its weight means is not known",
+    ),
+    "grouped transposed": (
+        lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ConvTranspose1d(6, 4, 1, groups=2)),
+        (2, 8),
+        "0",
+        "transposed convolutions with groups are not supported",
+    ),
+    "padding index": (lambda: embedding(padding_idx=0), INDICES, "0", "has padding_idx or max_norm"),
+    "norm of embeddings": (lambda: embedding(max_norm=1.0), INDICES, "0", "is used in two ways: "),
+    "complex": (
+        lambda: nn.Sequential(nn.Linear(5, 6, dtype=torch.complex64), nn.Linear(6, 3, dtype=torch.complex64)),
+        torch.randn(3, 5, dtype=torch.complex64),
+        "0",
+        "'0.weight' is torch.complex64",
+    ),
+    "attention": (
+        lambda: functional_mlp(lambda m, h: m.attention(h, h, h)[0], attention=nn.MultiheadAttention(6, 2)),
+        FLAT,
+        "fc1",
+        "'attention.in_proj_weight' is not the weight of one of Linear, Conv1d,",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_says_why(name):
+    make, shape, layer, reason = REFUSED[name]
+    torch.manual_seed(0)
+    model = make()
+    x = shape if isinstance(shape, torch.Tensor) else torch.randn(3, *shape)
+    text = explain(model, x)
+    assert layer not in [group.name for group in find_unit_groups(model, x)], text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"'{layer}' (")]
+    assert reason in line
+
+
+def test_options_that_take_what_is_refused():
+    model = hidden_is_returned()
+    assert as_rows(find_unit_groups(model, ROWS, ignore_outputs="[1]")) == FC
+    model = hidden_is_kept()
+    assert as_rows(find_unit_groups(model, ROWS, ignore_outputs=["[1]", "last"])) == FC
+    model = networks.multi_head()
+    assert as_rows(find_unit_groups(model, ROWS, unreached_ok=True)) == [("body", ["heads.a"], [])]
+
+
+def test_two_parts_of_a_layer_are_refused_for_two_reasons():
+    def forward(m, x):
+        h = m.a(x)
+        return m.b(h[:, :2]), h[:, 2:4], m.c(h[:, 4:].softmax(-1))
+
+    model = Net(forward, a=nn.Linear(5, 8), b=nn.Linear(2, 3), c=nn.Linear(4, 3))
+    assert lines(find_unit_groups(model, ROWS)) == {"a:0-1: a -> b"}
+    assert (
+        "'a' (Linear)  units 2-3: it makes the model's output [1]; units 4-7: its features are mixed by _softmax in the model"
+    ) in explain(model, ROWS)
+
+
+# example inputs
+
+
+class ManyInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, batch, mask, /, *rest, scale=None, features=False, **others):
+        h = torch.relu(self.fc1(batch["x"] * mask))
+        if features:
+            return h
+        return self.fc2(h) if scale is None else self.fc2(h) * scale
+
+
+def test_example_inputs_are_the_arguments_of_forward():
+    x = torch.randn(3, 5)
+    assert as_rows(find_unit_groups(ManyInputs(), ({"x": x}, x))) == FC
+    model = mlp(nn.ReLU())
+    expected = find_unit_groups(model, x)
+    assert as_rows(expected) == MLP
+    for inputs in ((x,), {"input": x}, [x], [x, (x,), {"input": x}], lambda m: m(x), lambda m: m[2](m[1](m[0](x)))):
+        assert find_unit_groups(model, inputs) == expected
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(3, 4), (torch.randn(3, 5),) * 2, {"y": torch.randn(3, 5)}, "x"], ids=str
+)
+def test_wrong_example_inputs_are_an_error(inputs):
+    with pytest.raises(ValueError, match=r"Sequential\.forward\(\) does not run on the example_inputs given: "):
+        find_unit_groups(mlp(nn.ReLU()), inputs)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ManyInputs(),
+        nn.Sequential(nn.ReLU()),
+        cnn(lambda m, h: h, 17),
+        Net(lambda m, x: m.b(x), a=nn.Linear(5, 6), b=nn.Linear(4, 3)),
+        # runs on batches of two, and joins samples there
+        Net(lambda m, x: m.b(m.a(x).view(-1, 12)), a=nn.Linear(5, 6), b=nn.Linear(12, 3)),
+    ],
+)
+def test_inputs_that_cannot_be_guessed_are_asked_for(model):
+    with pytest.raises(ValueError, match=r"cannot be told from its layers: pass example_inputs, a small batch that it"):
+        find_unit_groups(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (networks.GPT, TRANSFORMER),
+        (networks.resnet18, RESNET.partition("\n*")[0]),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 6, 8, 4), nn.Conv2d(6, 5, 4, 2), nn.Flatten(), nn.Linear(405, 3)),
+            "0: 0 -> 1\n1: 1 -> 3",
+        ),
+        (lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(40, 3)), "0: 0 -> 2"),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(2, 6, 3), nn.Conv1d(6, 3, 1)), "0: 0 -> 1"),
+    ],
+    ids=["gpt", "resnet18", "84 pixels", "10 tokens", "transposed"],
+)
+def test_inputs_are_guessed(make, expected):
+    assert lines(find_unit_groups(make())) == set(expected.splitlines())
+
+
+@pytest.mark.parametrize("find", [find_unit_groups, explain])
+def test_what_is_no_model_to_look_at_is_an_error(find):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, not list"):
+        find([])
+    with pytest.raises(ValueError, match=r"DataParallel wraps the model: pass the model itself, model\.module"):
+        find(nn.DataParallel(mlp()))
+    with pytest.raises(ValueError, match=r"'0' \(LazyLinear\) is lazy and has no weight yet: run the model once"):
+        find(nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 3)), ROWS)
+
+
+# the model stays as it was
+
+
+class Careless(nn.Module):
+    """A forward() that keeps records in every way there is."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout())
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("steps", torch.zeros(()))
+        self.outside = torch.zeros(())
+        self.fail, self.calls, self.seen, self.last = fail, 0, [], {}
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps.add_(1)
+        self.new = h = self.body(x)
+        self.seen.append(h)
+        self.last["h"] = h
+        self.train(not self.training)
+        random.random()
+        torch.rand(())
+        np.random.rand()
+        self.outside.add_(1)
+        if self.fail:
+            raise RuntimeError("on purpose")
+        return self.head(h) + torch.ones(3)
+
+
+def snapshot(model):
+    modules = {name: {k: v for k, v in vars(m).items() if not isinstance(v, dict)} for name, m in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    versions = {key: value._version for key, value in model.state_dict(keep_vars=True).items()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    return modules, len(model.seen), dict(model.last), versions, grads, random.getstate(), state, torch.get_rng_state()
+
+
+def snapshot(model):
+    modules = {name: {k: v for k, v in vars(m).items() if not isinstance(v, dict)} for name, m in model.named_modules()}
+    hooks = [list(m._forward_hooks) + list(m._forward_pre_hooks) for m in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    versions = {key: value._version for key, value in model.state_dict(keep_vars=True).items()}
+    grads = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    where = modules, hooks, len(model.seen), dict(model.last), versions, grads, random.getstate()
+    return where, (state, model.outside.clone(), torch.get_rng_state(), torch.tensor(np.random.get_state()[1]))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("example_inputs", [None, torch.randn(3, 5)], ids=["guessed", "given"])
+@pytest.mark.parametrize("fail", [False, True])
+def test_discovery_leaves_model_and_random_states_alone(fail, example_inputs, verify):
+    model = Careless(fail)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    where, values = snapshot(model)
+    if fail:
+        with pytest.raises(ValueError, match="on purpose" if example_inputs is not None else "pass example_inputs"):
+            find_unit_groups(model, example_inputs, verify=verify)
+    else:
+        found = find_unit_groups(model, example_inputs, verify=verify, ignore_outputs=("new", "seen", "last"))
+        assert as_rows(found) == [("body.0", ["head"], ["body.1"])]
+    after, now = snapshot(model)
+    assert after == where
+    torch.testing.assert_close(now, values, rtol=0, atol=0)
+
+
+def test_discovery_leaves_the_input_alone():
+    x = torch.randn(3, 5)
+    before = x.clone()
+    find_unit_groups(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), x)
+    assert torch.equal(x, before)
+
+
+def test_forward_set_on_the_instance_is_the_one_that_runs():
+    model = functional_mlp(lambda m, h: h)
+    model.forward = lambda x: model.fc2(torch.softmax(model.fc1(x), -1))
+    assert find_unit_groups(model, ROWS) == []
+
+
+def test_subclass_that_keeps_forward_is_the_layer():
+    named = type("Named", (nn.Linear,), {})
+    assert as_rows(find_unit_groups(nn.Sequential(named(5, 6), named(6, 3)))) == [("0", ["1"], [])]
+
+
+def test_lazy_layers_that_have_run_are_found():
+    model = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    model(torch.randn(3, 5))
+    assert as_rows(find_unit_groups(model)) == [("0", ["2"], ["1"])]
+
+
+def test_weights_that_share_one_memory_are_refused():
+    model = mlp(nn.ReLU())
+    flat = torch.randn(5 * 6 + 6 * 3)
+    model[0].weight, model[2].weight = nn.Parameter(flat[:30].view(6, 5)), nn.Parameter(flat[30:].view(3, 6))
+    assert find_unit_groups(model, ROWS) == []
+    assert "'0.weight' is tied: it shares its memory with '2.weight'" in explain(model, ROWS)
+
+
+def test_activation_checkpointing_changes_nothing():
+    for reentrant in (False, True):
+        model = functional_mlp(lambda m, h, r=reentrant: checkpoint(F.relu, h, use_reentrant=r))
+        assert as_rows(find_unit_groups(model, ROWS)) == FC
+
+
+# operations
+
+
+ACTIVATIONS = """ReLU ReLU6 LeakyReLU RReLU ELU CELU SELU GELU SiLU Mish Sigmoid LogSigmoid Tanh Softplus Softsign
+    Softshrink Hardshrink Tanhshrink Hardtanh Hardsigmoid Hardswish Identity Dropout Dropout1d AlphaDropout
+    FeatureAlphaDropout"""
+FUNCTIONS = """relu relu_ relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign
+    softshrink hardshrink tanhshrink hardtanh hardsigmoid hardswish dropout dropout1d alpha_dropout
+    feature_alpha_dropout"""
+METHODS = "relu relu_ sigmoid tanh_ clamp_ abs exp square contiguous float clone"
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS.split())
+def test_activation_modules_keep_units_apart(name):
+    assert as_rows(find_unit_groups(mlp(getattr(nn, name)()))) == MLP
+
+
+@pytest.mark.parametrize("name", FUNCTIONS.split())
+def test_activation_functions_keep_units_apart(name):
+    assert as_rows(find_unit_groups(functional_mlp(lambda m, h: getattr(F, name)(h)))) == FC
+
+
+@pytest.mark.parametrize("name", METHODS.split())
+def test_tensor_methods_keep_units_apart(name):
+    assert as_rows(find_unit_groups(functional_mlp(lambda m, h: getattr(h, name)()))) == FC
+
+
+MOVES = {
+    "in place": lambda h: h.clone().mul_(2).relu_(),
+    "into a buffer": lambda h: torch.empty(4, 6).copy_(h),
+    "by parts": lambda h: torch.cat([h[:, :2].relu(), h[:, 2:].tanh()], 1),
+    "written by parts": lambda h: torch.zeros(4, 6).index_put((torch.arange(4),), h),
+    "slice by slice": lambda h: torch.stack([h[:, i] for i in range(6)], 1),
+    "padded rows": lambda h: F.pad(h, (0, 0, 1, 1)),
+    "masked": lambda h: h.masked_fill(h < 0, 0) * (torch.rand(4, 1) > 0.5),
+    "where": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "of rows": lambda h: h[torch.tensor([3, 1])],
+    "sorted rows": lambda h: h.gather(0, torch.zeros(4, 6, dtype=torch.int64)),
+    "rolled": lambda h: h.roll(1, 0).flip(0),
+    "transposed": lambda h: h.T.contiguous().T,
+    "einsum": lambda h: torch.einsum("ij,kj->ij", h, torch.ones(2, 6)),
+    "unfolded": lambda h: h.view(2, 2, 2, 3).permute(2, 3, 0, 1).reshape(6, 4).t(),
+    "mean of the batch": lambda h: h - h.mean(0),
+    "normalised": lambda h: F.normalize(h, dim=0),
+    "norm by hand": lambda h: (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True),
+    "constants": lambda h: h + torch.arange(6) * torch.tensor(0.5),
+    "weighted by the batch": lambda h: torch.rand(4, 4).softmax(-1) @ h,
+    "added at": lambda h: torch.zeros(4, 6).index_add_(0, torch.tensor([1, 1, 0, 2]), h),
+    "half precision": lambda h: h.half().float(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_units_are_followed_through_what_keeps_them_apart(name):
+    model = functional_mlp(lambda m, h: MOVES[name](h))
+    assert as_rows(find_unit_groups(model, ROWS)) == FC
+
+
+def test_notes_of_a_group():
+    layers = {"scale": nn.Parameter(torch.ones(6)), "norm": nn.LayerNorm(6)}
+    model = functional_mlp(lambda m, h: m.norm(h * m.scale) if h.isfinite().all() else h, **layers)
+    assert explain(model, ROWS).splitlines() == [
+        "unit group  units  columns  incoming  outgoing  norms",
+        "fc1         6      6        fc1       fc2       norm",
+        "",
+        "left out        because",
+        "'fc2' (Linear)  it makes the model's output",
+        "",
+        "note",
+        "fc1        'scale' goes into its units and is left as it is",
+        "fc1        'norm' (LayerNorm) couples its units",
+        "forward()  Python reads a value (_local_scalar_dense in the model): only the path taken was seen",
+    ]
+    assert explain(nn.Sequential(nn.ReLU()), ROWS) == "no unit group found"
+
+
+# the check of a group given by hand
+
+
+def test_check_of_right_groups_passes():
+    model, x = networks.gated().double(), ROWS.double()
+    verify_unit_groups(model, [UnitGroup("hidden", ["gate", "up"], "down")], x)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (UnitGroup("g", "gate", "down"), "the columns of its outgoing layers read something else than its units"),
+        (UnitGroup("g", ["gate", "up"], "other"), "its units reach the output by another way"),
+        (UnitGroup("g", "unused", "down"), "the output does not depend on its units, so that the check shows nothing"),
+        (UnitGroup("g", ["gate", Part("up", 1)], [Part("down", 0)], num_units=3), "6 units"),
+    ],
+)
+def test_check_of_wrong_groups_says_what_is_wrong(group, message):
+    def forward(m, x):
+        return m.down(m.gate(x) + m.up(x)) + m.other(x.new_ones(6))
+
+    layers = {"gate": nn.Linear(5, 6), "up": nn.Linear(5, 6), "other": nn.Linear(6, 3), "unused": nn.Linear(5, 6)}
+    model = networks.gated(forward, **layers).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        verify_unit_group(model, group, ROWS.double())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_groups_that_fail_the_check_are_left_out():
+    model, inputs, _, _ = zoo("llama")
+    assert "tokens" not in [g.name for g in find_unit_groups(model, inputs, include_coupled=True, verify=True)]
+    text = explain(model, inputs, include_coupled=True, verify=True)
+    assert (
+        "unit group 'tokens' does not pass the check: its units reach the output by another way than the columns"
+        in text
+    )
+
+
+# time
+
+
+def seconds(function):
+    best = []
+    for _ in range(5):
+        start = time.process_time()
+        function()
+        best.append(time.process_time() - start)
+    return min(best)
+
+
+def test_discovery_is_fast():
+    model = nn.Sequential(nn.Linear(784, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 10))
+    assert len(find_unit_groups(model)) == 2
+    assert seconds(lambda: find_unit_groups(model, torch.zeros(2, 784))) < 0.1
+    assert seconds(lambda: find_unit_groups(model)) < 0.2
+
+
+@pytest.mark.slow
+def test_discovery_of_large_networks_is_fast():
+    resnet, gpt = networks.resnet18(64), networks.GPT(1000, 768, 12, 12, 64)
+    assert seconds(lambda: find_unit_groups(resnet, torch.zeros(2, 3, 32, 32), include_coupled=True)) < 2
+    assert seconds(lambda: find_unit_groups(gpt, torch.zeros(2, 16, dtype=torch.int64), include_coupled=True)) < 2
+
+
+# other people's models
+
+
+@pytest.mark.slow
+def test_groups_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=17, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).double()
+    inputs = {"input_ids": TOKENS, "use_cache": False}
+    groups = find_unit_groups(model, inputs)
+    assert lines(groups) == {
+        "transformer.h.0.attn.c_attn:32-47: transformer.h.0.attn.c_attn[32] -> transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc: transformer.h.0.mlp.c_fc -> transformer.h.0.mlp.c_proj",
+    }
+    assert_verified(model, groups, inputs)
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).double()
+    groups = find_unit_groups(model, inputs, include_coupled=True)
+    layer = "model.layers.0"
+    stream = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    assert lines(groups) == {
+        f"{layer}.mlp.gate_proj: {layer}.mlp.gate_proj {layer}.mlp.up_proj -> {layer}.mlp.down_proj",
+        f"model.embed_tokens: model.embed_tokens {layer}.self_attn.o_proj {layer}.mlp.down_proj -> "
+        f"{' '.join(f'{layer}.{name}' for name in stream)} lm_head",
+    }
+    assert_verified(model, groups[1:], inputs)
+
+
+@pytest.mark.slow
+def test_groups_of_a_policy_of_stable_baselines():
+    policies = pytest.importorskip("stable_baselines3.common.policies")
+    spaces = pytest.importorskip("gymnasium.spaces")
+    box = spaces.Box(-1, 1, (5,))
+    model = policies.ActorCriticPolicy(box, box, lambda _: 1e-3, net_arch=[6, 4])
+    groups = find_unit_groups(model, (ROWS,))
+    extractor = "mlp_extractor"
+    assert lines(groups) == {
+        f"{extractor}.policy_net.0: {extractor}.policy_net.0 -> {extractor}.policy_net.2",
+        f"{extractor}.policy_net.2: {extractor}.policy_net.2 -> action_net",
+        f"{extractor}.value_net.0: {extractor}.value_net.0 -> {extractor}.value_net.2",
+        f"{extractor}.value_net.2: {extractor}.value_net.2 -> value_net",
+    }
+    assert_verified(model, groups, (ROWS,))
