@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
+from .dtensors import is_dtensor
 from .engine import Engine, check_hyper, check_options, step_together
 from .optimizer_state import skipped
 from .rules import Rule
@@ -212,6 +213,9 @@ class ContinualBackprop(Joinable):
         try:
             self._attach(self._resolve(), **hyper, capture=capture)
         except NeedsInputs:
+            # in a forward, parameters that processes hold parts of are not what they are in a step
+            if any(is_dtensor(p) for p in model.parameters()):
+                raise
             self._engine = cast(Engine, _Awaited(hyper, capture))
             self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
         # which of the optimizers are still to step in this round, and whether one has not skipped its update

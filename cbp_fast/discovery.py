@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .provenance import BASE, DATA, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped
+from .running import Forward, forwards, guesses, tensors_in, undivided, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -152,17 +153,22 @@ def _discover(
 ) -> _Found:
     model = unwrapped(model)
     ignored = (ignore_outputs,) if isinstance(ignore_outputs, str) else tuple(ignore_outputs)
-    if example_inputs is None:
-        trace, candidates, runs = _guess(model, ignored)
-    else:
-        runs = forwards(example_inputs)
-        try:
-            trace = _run(model, runs, ignored)
-        except Exception as error:  # the user's code may raise anything
-            raise ValueError(
-                f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
-            ) from error
-        candidates = _candidates(model, trace)
+    with undivided(model) as divided:
+        if divided and verify:
+            raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
+        if example_inputs is None:
+            trace, candidates, runs = _guess(model, ignored)
+        else:
+            if divided:
+                example_inputs = tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
+            runs = forwards(example_inputs)
+            try:
+                trace = _run(model, runs, ignored)
+            except Exception as error:  # the user's code may raise anything
+                raise ValueError(
+                    f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
+                ) from error
+            candidates = _candidates(model, trace)
     for candidate in candidates:
         if not candidate.reason and not unreached_ok:
             candidate.reason = _unreached(model, trace, candidate)
