@@ -83,6 +83,23 @@ inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n
   }
 }
 
+// The chosen units' columns of a matrix. Every element lies in a page of its own, so all units' are set for some rows
+// before the next rows, and nothing stands between two stores, of which many are then under way at a time.
+template <typename T>
+void fill_columns(const Region& region, const Target& t, const int32_t* chosen, int64_t n, T fill) {
+  constexpr int64_t ROWS = 32;
+  for (int64_t row = 0; row < t.size[0]; row += ROWS) {
+    const int64_t rows = std::min(ROWS, t.size[0] - row);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t p = 0; p < region.block.per_unit; ++p) {
+        const int64_t column = region.block.index(chosen[i], p) - t.first[1];
+        if (column < 0 || column >= t.size[1]) continue;
+        T* out = static_cast<T*>(t.data) + row * t.stride[0] + column * t.stride[1];
+        for (int64_t r = 0; r < rows; ++r) out[r * t.stride[0]] = fill;
+      }
+  }
+}
+
 template <typename T>
 void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, const Target& t) {
   constexpr int64_t BLOCK = 1024;
@@ -90,6 +107,8 @@ void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, 
   const Group& group = plan.groups[region.group];
   const bool draws = region.kind == 0 && !slot;
   const T fill = static_cast<T>(static_cast<float>(slot ? 0.0 : region.value));
+  if (!draws && region.axis == 1 && region.dims == 2)
+    return fill_columns(region, t, f.chosen + group.first_unit, f.num_chosen[region.group], fill);
   for (int64_t i = 0; i < f.num_chosen[region.group]; ++i)
     for_each_run(t, region, f.chosen[group.first_unit + i], [&](int64_t at, int64_t element, int64_t n, int64_t s) {
       T* out = static_cast<T*>(t.data) + at;
