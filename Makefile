@@ -9,10 +9,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench test test-all gpu sanitize lint format clean FORCE
+.PHONY: help demo bench test test-all gpu sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
-	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | clean"
+	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
 	$(BIN)/python -m cbp_fast demo $(ARGS)
@@ -53,6 +53,29 @@ format: .venv/tools
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
+
+# dist/ gets the source distribution, and the wheel made of it; PyTorch's libraries stay PyTorch's
+wheel: .venv/built
+	$(BIN)/pip install --quiet --group wheel
+	rm -rf build/wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude "libtorch*" --exclude "libc10*" \
+		--wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(MAKE) check-wheel
+
+# the wheel in dist/ with TORCH and nothing else of ours, from another directory: make check-wheel TORCH=torch==2.14.1
+check-wheel:
+	$(PYTHON) -m venv --clear build/clean
+	build/clean/bin/pip install --quiet "$(TORCH)" dist/*.whl
+	cd / && "$(CURDIR)/build/clean/bin/python" -W "ignore:Failed to initialize NumPy" "$(CURDIR)/tests/wheel_run.py"
+
+# the oldest CPU that PyTorch itself runs on, emulated by qemu-user, must give the results of this one
+old-cpu: .venv/built
+	mkdir -p build
+	$(BIN)/python tests/wheel_run.py | tee build/this-cpu.txt
+	qemu-x86_64 -cpu Nehalem $(BIN)/python tests/wheel_run.py | tee build/old-cpu.txt
+	grep -q "baseline of baseline; $$(sed 's/.*; //' build/this-cpu.txt)$$" build/old-cpu.txt
 
 clean:
 	rm -rf .venv/built build dist *.egg-info cbp_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

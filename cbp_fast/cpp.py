@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import _C as _C  # registers the kernels of the operators below
+from . import __version__
 from .state import State
+
+try:
+    from . import _C as _C  # registers the kernels of the operators below
+except ImportError as error:
+    found = ", ".join(path.name for path in Path(__file__).parent.glob("_C.*.*")) or "no file"
+    fix = "--no-build-isolation --force-reinstall --no-deps cbp_fast    (in a checkout: . for cbp_fast)"
+    # a version is compared as one
+    fix = '"torch>=2.10"' if torch.__version__ < "2.10" else fix
+    raise ImportError(
+        f"cbp_fast {__version__} has no compiled module for Python {platform.python_version()} on {platform.machine()} "
+        f"with PyTorch {torch.__version__} (2.10 is the oldest that will do): {found} in {Path(__file__).parent}. "
+        f"Type:\n    pip install {fix}"
+    ) from error
 
 _capture = torch.ops.cbp_fast.capture_.default
 _select = torch.ops.cbp_fast.select_.default
