@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -15,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .engine import Engine, step_together
-from .optimizer_state import skipped
+from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
 
@@ -195,7 +193,7 @@ class ContinualBackprop:
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
-        if not _inside_step(self._optimizers):
+        if not inside_step():
             for handle in self._optimizer_hooks:
                 handle.remove()
             return
@@ -401,14 +399,3 @@ def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[Resolved
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
                     "trains the model, made from its present parameters, or exclude= the group"
                 )
-
-
-def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
-    """Whether the caller runs in a hook of one of the optimizers."""
-    where = sys.modules[Optimizer.__module__].__file__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == where and frame.f_locals.get("self") in optimizers:
-            return True
-        frame = frame.f_back
-    return False

@@ -30,6 +30,7 @@ class Engine:
     Args:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
             them in the forward; "auto" defers while little is held.
+        layer: the layer that it works for, for messages; empty for an attached object.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Engine:
         backend: str | None,
         capture: str,
         seed: int | None,
+        layer: str = "",
     ) -> None:
         if capture not in _HELD_BYTES:
             raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
@@ -51,6 +53,7 @@ class Engine:
             raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
         device = _one_device(groups)
         self._wanted = backend
+        self._layer = layer
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
@@ -265,19 +268,21 @@ class Engine:
             self._checked(ref)
 
     def _checked(self, ref: TensorRef) -> Tensor:
-        tensor = ref.get()
+        tensor, of = ref.get(), f"{self._layer}: " if self._layer else ""
+        again = "make the layer anew" if self._layer else "detach with remove() and attach again"
         if tensor is None:
-            raise RuntimeError(f"{ref.name} is no longer there; detach with remove() and attach again")
+            raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
         if tensor.device != self.state.buffer.device:
+            move = "model.to" if self._layer else "cbp.to"
             raise RuntimeError(
-                f"{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
-                f"call cbp.to({str(tensor.device)!r}) after moving the model"
+                f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
+                f"call {move}({str(tensor.device)!r}) after moving the model"
             )
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:
                 raise RuntimeError(
-                    f"{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was attached; "
-                    "detach with remove() and attach again"
+                    f"{of}{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was "
+                    f"attached; {again}"
                 )
         return tensor
 
