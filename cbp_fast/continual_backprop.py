@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .engine import Engine, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
-from .unit_groups import ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
+from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
 
 
 class _Recorder:
@@ -126,39 +127,77 @@ class ContinualBackprop:
                 "several processes are not supported in this version: each would replace units of its own, and the "
                 "copies of the model would drift apart"
             )
-        if isinstance(groups, UnitGroup):
-            groups = [groups]
-        found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
-        resolved = _filtered(_in_forward_order([resolve(model, group) for group in found]), include, exclude)
-        if not resolved:
-            why = "groups is empty" if groups is not None else explain(model, example_inputs)
-            raise ValueError(f"the model has no unit group to work on:\n{why}")
-        check_disjoint(resolved)
-        _check_clarena(self.rule, resolved)
-        _check_not_attached(resolved)
-        _check_optimizers(self._optimizers, resolved)
-        self.groups = [
-            UnitGroup(r.name, *(tuple(n for n, _ in part) for part in (r.incoming, r.outgoing, r.norms)))
-            for r in resolved
-        ]
-        self._engine = Engine(
-            self.rule,
-            resolved,
+        _check_not_compiled(model)
+        self._model = model
+        self._given = (groups, example_inputs)
+        self._patterns = (include, exclude)
+        self._backend, self._seed = backend, seed
+        self._hooks: list[RemovableHandle] = []
+        self._attach(
+            self._resolve(),
             replacement_rate=replacement_rate,
             maturity_threshold=maturity_threshold,
             decay_rate=decay_rate,
-            backend=backend,
             capture=capture,
-            seed=seed,
         )
-        self._model = model
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
         self._waiting, self._stepped = set(range(len(self._optimizers))), False
-        self._hooks: list[RemovableHandle] = [
+        self._heard = False
+        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+
+    def _resolve(self) -> list[ResolvedGroup]:
+        """The groups, given or found in the model as it is, after all checks."""
+        groups, example_inputs = self._given
+        if isinstance(groups, UnitGroup):
+            groups = [groups]
+        found = find_unit_groups(self._model, example_inputs) if groups is None else list(groups)
+        resolved = _filtered(_in_forward_order([resolve(self._model, group) for group in found]), *self._patterns)
+        if not resolved:
+            why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
+            raise ValueError(f"the model has no unit group to work on:\n{why}")
+        check_disjoint(resolved)
+        _check_clarena(self.rule, resolved)
+        _check_not_attached(self._model, resolved, self if self._hooks else None)
+        _check_optimizers(self._optimizers, resolved)
+        return resolved
+
+    def _attach(self, resolved: list[ResolvedGroup], **options: Any) -> None:
+        """Make the state of the groups and observe their readers."""
+        self._engine = Engine(self.rule, resolved, backend=self._backend, seed=self._seed, **options)
+        self.groups = [group.unit_group() for group in resolved]
+        self._places = _places(self._model, resolved)
+        self._hooks = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
         ]
-        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+
+    def refresh(self, *, groups: UnitGroup | Sequence[UnitGroup] | None = None, example_inputs: Any = None) -> None:
+        """Follow a model that was changed: a head was added, a layer replaced.
+
+        The groups are found anew. Those of the same name and number of units keep their utilities, ages and totals;
+        the others start afresh. Forwards since the last step are forgotten.
+
+        Args:
+            groups, example_inputs: as at attaching; None: what was given there, or here the last time.
+
+        Raises:
+            ValueError, TypeError: as at attaching. Nothing has changed then.
+            RuntimeError: after `remove()`.
+        """
+        self._check_attached()
+        before = self._given
+        self._given = (before[0] if groups is None else groups, before[1] if example_inputs is None else example_inputs)
+        old, hooks = self._engine, self._hooks
+        try:
+            self._attach(self._resolve(), **old.hyper, capture=old.capture)
+        except Exception:
+            self._given = before
+            raise
+        for handle in hooks:
+            handle.remove()
+        self._engine.adopt(old)
+        self._engine.enabled = old.enabled
+        old.enabled = False
 
     def step(self) -> None:
         """One step of continual backprop; runs by itself after the optimizer's if one was given.
@@ -169,11 +208,27 @@ class ContinualBackprop:
             RuntimeError: after `remove()`, or if a parameter is not on the device, or not of the shape or type, that
                 it had when attached.
         """
-        if not self._hooks:
-            raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
+        self._check_attached()
         if not self.enabled:
             return
+        for children, key, name, module in self._places:
+            if children.get(key) is not module:
+                raise RuntimeError(
+                    f"'{name}' was replaced after attaching; call refresh(), or remove() and attach again"
+                )
+        if not self._heard:
+            self._heard = True
+            if not self._engine.has_data:
+                warnings.warn(
+                    "no training forward of the model was seen before the first step of continual backprop, which "
+                    "changes nothing; if the model is compiled, attach before its first compiled call",
+                    stacklevel=2,
+                )
         step_together([self._engine], self._optimizers)
+
+    def _check_attached(self) -> None:
+        if not self._hooks:
+            raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
@@ -294,11 +349,12 @@ class ContinualBackprop:
         engine = self._engine
         rows: list[tuple[str, ...]] = [("group", "units", "incoming", "norms", "outgoing")]
         for group, layout in zip(self.groups, engine.state.layouts, strict=True):
-            outgoing = ", ".join(map(str, group.outgoing))
+            incoming, outgoing, norms = (
+                ", ".join(map(_name_of, p)) for p in (group.incoming, group.outgoing, group.norms)
+            )
             if layout.columns_per_unit > 1:
                 outgoing += f" ({layout.columns_per_unit} columns a unit)"
-            parts = (", ".join(map(str, names)) or "-" for names in (group.incoming, group.norms))
-            rows.append((group.name, str(layout.num_units), *parts, outgoing))
+            rows.append((group.name, str(layout.num_units), incoming, norms or "-", outgoing))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
@@ -315,6 +371,11 @@ class ContinualBackprop:
         raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
 
 
+def _name_of(layer: str | nn.Module | Part) -> str:
+    """A layer as the table of groups names it: a part by the index of unit 0."""
+    return f"{layer.layer}[{layer.start}:]" if isinstance(layer, Part) else str(layer)
+
+
 def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if not isinstance(optimizers, Iterable):
@@ -329,9 +390,9 @@ def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optim
 
 def _in_forward_order(groups: Sequence[ResolvedGroup]) -> list[ResolvedGroup]:
     """Groups whose readers make the units of another go before it; each is told which layers precede its own."""
-    makers = [{module for _, module in group.incoming} for group in groups]
+    makers = [{member.module for member in group.incoming} for group in groups]
     before = [
-        [other for other in groups if other is not group and any(module in made for _, module in other.outgoing)]
+        [other for other in groups if other is not group and any(member.module in made for member in other.outgoing)]
         for group, made in zip(groups, makers, strict=True)
     ]
     waiting, ordered = list(range(len(groups))), []
@@ -368,13 +429,13 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
     if rule.name != "clarena":
         return
     for group in groups:
-        convolutions = [n for n, m in (*group.incoming, *group.outgoing) if not isinstance(m, nn.Linear)]
-        if convolutions or group.columns_per_unit > 1:
+        members = (*group.incoming, *group.outgoing)
+        if not all(isinstance(member.module, nn.Linear) for member in members) or group.columns_per_unit > 1:
             raise ValueError(
                 f"rule 'clarena' is defined for linear layers only, and group '{group.name}' has convolutions; "
                 "use rule='nature', or exclude= the group"
             )
-        for name, module in group.preceding:
+        for name, module, _ in group.preceding:
             inputs = cast(Tensor, module.weight).shape[1]
             if inputs < group.num_units:
                 raise ValueError(
@@ -383,17 +444,50 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
                 )
 
 
-def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
+def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: ContinualBackprop | None) -> None:
+    """No unit belongs to two objects: `own` is the one that is asking."""
+    engines = {
+        hook.engine
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, _Recorder) and hook.engine is not None
+    }
+    for engine in engines - ({own._engine} if own else set()):
+        theirs = [replace(group, name=f"{group.name} ") for group in engine.groups]
+        try:
+            check_disjoint([*theirs, *groups])
+        except ValueError as error:
+            raise ValueError(
+                f"the model has a ContinualBackprop attached already ({error}); call its remove() first"
+            ) from None
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("the model is compiled already and would not call new hooks; attach first, then compile")
+
+
+def _places(
+    model: nn.Module, groups: Sequence[ResolvedGroup]
+) -> list[tuple[dict[str, nn.Module | None], str, str, nn.Module]]:
+    """Where every layer of the groups, and every module that holds one, hangs in the model."""
+    places: dict[str, tuple[dict[str, nn.Module | None], str, str, nn.Module]] = {}
     for group in groups:
-        for name, module in group.outgoing:
-            if any(isinstance(h, _Recorder) and h.engine is not None for h in module._forward_pre_hooks.values()):
-                raise ValueError(f"'{name}' has a ContinualBackprop attached already; call its remove() first")
+        for member in (*group.incoming, *group.norms, *group.outgoing):
+            parent, path = model, ""
+            for key in member.name.split(".") if member.name else ():
+                path = f"{path}.{key}" if path else key
+                child = parent._modules[key]
+                assert child is not None
+                places[path] = (parent._modules, key, path, child)
+                parent = child
+    return list(places.values())
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
     known = {id(p) for o in optimizers for param_group in o.param_groups for p in param_group["params"]}
     for group in groups if optimizers else ():
-        for name, module in (*group.incoming, *group.outgoing):
+        for name, module, _ in (*group.incoming, *group.outgoing):
             if id(module.weight) not in known:
                 raise ValueError(
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "

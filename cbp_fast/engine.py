@@ -58,6 +58,7 @@ class Engine:
         self.enabled = True
         self._room = _HELD_BYTES[capture]
         self.backend = backend_for(device, backend)
+        self.groups = list(groups)
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
@@ -92,6 +93,11 @@ class Engine:
                 raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
         self._hyper.update(values)
         self.state.set_hyper(**self._hyper)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a forward was observed since the last step."""
+        return bool(self._held) or bool(self.state.count.any())
 
     @property
     def held_bytes(self) -> int:
@@ -224,7 +230,9 @@ class Engine:
             if state.rule.keeps_mean:
                 groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
         rule = {f.name: getattr(state.rule, f.name) for f in fields(state.rule) if f.init}
-        return {"rule": rule, **self._hyper, "seed": int(state.seed), "step": int(state.step), "groups": groups}
+        numbers = {"seed": int(state.seed), "step": int(state.step)}
+        measured = {"deviations": state.deviations} if state.deviations else {}
+        return {"rule": rule, **self._hyper, **numbers, **measured, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
@@ -246,6 +254,10 @@ class Engine:
                 _check_entry(f"{key} of group '{name}'", theirs[key], value)
         for key in ("seed", "step"):
             _check_entry(key, state_dict[key], own[key])
+        if state.deviations:
+            _check_keys("state_dict['deviations']", state_dict["deviations"], state.deviations)
+            for name, mine in state.deviations.items():
+                _check_entry(f"deviation of {name}", state_dict["deviations"][name], mine)
         # the last call that can fail checks before it sets
         self.set_hyper(**{key: state_dict[key] for key in self._hyper})
         for g, layout in enumerate(state.layouts):
@@ -256,10 +268,34 @@ class Engine:
             state.num_replaced[g] = theirs["num_replaced"]
             if state.rule.keeps_mean:
                 state.running_mean[state.columns_of(layout)].copy_(theirs["running_mean"])
+        if state.deviations:
+            state.deviations = state_dict["deviations"]
         state.seed.fill_(state_dict["seed"])
         state.step.fill_(state_dict["step"])
         state.num_chosen.zero_()
         self.forget_forwards()
+
+    def adopt(self, other: Engine) -> None:
+        """Go on where another engine of the model and rule is: groups of the same name and width keep their state."""
+        state, theirs = self.state, other.state
+        before = {layout.name: (g, layout) for g, layout in enumerate(theirs.layouts)}
+        for g, layout in enumerate(state.layouts):
+            number, old = before.get(layout.name, (0, None))
+            if old is None or old.num_units != layout.num_units:
+                continue
+            state.utility[layout.units].copy_(theirs.utility[old.units])
+            state.age[layout.units].copy_(theirs.age[old.units])
+            state.pending[g].copy_(theirs.pending[number])
+            state.num_replaced[g].copy_(theirs.num_replaced[number])
+            readers = {theirs.slots[s].module: theirs.slots[s] for s in old.slots}
+            for slot in (state.slots[s] for s in layout.slots if state.rule.keeps_mean):
+                same = readers.get(slot.module)
+                if same is not None and same.block == slot.block:
+                    state.running_mean[slot.columns].copy_(theirs.running_mean[same.columns])
+        if state.deviations:
+            state.deviations = theirs.deviations
+        state.seed.copy_(theirs.seed)
+        state.step.copy_(theirs.step)
 
     def _check_tensors(self) -> None:
         for region in self.state.regions:
@@ -328,7 +364,7 @@ def _plain(value: object) -> object:
 def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     names: dict[torch.device, str] = {}
     for group in groups:
-        for name, module in (*group.incoming, *group.outgoing, *group.norms):
+        for name, module, _ in (*group.incoming, *group.outgoing, *group.norms):
             for tensor in module.parameters(recurse=False):
                 names.setdefault(tensor.device, name)
     if len(names) > 1:

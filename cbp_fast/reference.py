@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .state import DRAW, TRANSFER, Layout, Region, Slot, State
+from .unit_groups import out_axis
 
 _MASK = 0xFFFFFFFF
 
@@ -53,12 +54,20 @@ def draw(element: Tensor, seed: Tensor, step: Tensor, stream: int, distribution:
 
 
 def columns_of(h: Tensor, slot: Slot) -> Tensor:
-    """h as its reading layer sees it, as [samples, positions, columns]."""
+    """What a reading layer sees of the group, as [samples, positions, columns]."""
+    axis = h.dim() - 1 - slot.spatial
+    h = h.narrow(axis, slot.block.start, slot.columns.stop - slot.columns.start)
     if slot.spatial == 0:
         return h.reshape(-1, 1, h.shape[-1])
-    if h.dim() == slot.spatial + 1:
+    if axis == 0:
         h = h[None]
     return h.flatten(2).transpose(1, 2)
+
+
+def by_unit(columns: Tensor, slot: Slot) -> Tensor:
+    """A slot's columns as a view [units, columns a unit]."""
+    _, unit_stride, per_unit, position_stride = slot.block
+    return columns.as_strided((len(columns) // per_unit, per_unit), (unit_stride, position_stride))
 
 
 def bias_correction(age: Tensor, decay_rate: Tensor) -> Tensor:
@@ -87,9 +96,9 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
         mean = state.feature[columns] / state.count[slot_index]
         mean = decay * state.running_mean[columns] + (1 - decay) * mean
         correction = bias_correction(state.age[layout.units] + 1, decay)
-        h_hat = (mean.view(layout.num_units, -1) / correction[:, None]).mean(1)
-        h_hat = h_hat.repeat_interleave(layout.columns_per_unit).to(wide)
-        state.activation[columns] += (x.to(wide) - h_hat).abs().sum((0, 1))
+        h_hat = torch.empty_like(mean)
+        by_unit(h_hat, slot)[:] = (by_unit(mean, slot) / correction[:, None]).mean(1, keepdim=True)
+        state.activation[columns] += (x.to(wide) - h_hat.to(wide)).abs().sum((0, 1))
     elif state.rule.activation:
         state.activation[columns] += x.abs().sum((0, 1), dtype=wide)
 
@@ -99,24 +108,31 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_sums(weight: Tensor) -> Tensor:
-    return weight.abs().flatten(1).sum(1, dtype=_wide(weight)).double()
+def _output_sums(weight: Tensor, axis: int) -> Tensor:
+    """sum of abs(weight) by output; `axis` is that of the outputs."""
+    return weight.abs().transpose(0, axis).flatten(1).sum(1, dtype=_wide(weight)).double()
 
 
-def _column_sums(weight: Tensor, conv_groups: int) -> Tensor:
-    """sum over rows and kernel positions of abs(weight); [conv_groups * weight.shape[1]]."""
-    magnitude = weight.abs().reshape(conv_groups, -1, weight.shape[1], weight.shape[2:].numel())
+def _input_sums(weight: Tensor, axis: int, conv_groups: int) -> Tensor:
+    """sum of abs(weight) by input; `axis` is that of the outputs."""
+    magnitude = weight.abs().transpose(0, axis)
+    magnitude = magnitude.reshape(conv_groups, -1, magnitude.shape[1], weight.shape[2:].numel())
     return magnitude.sum((1, 3), dtype=_wide(weight)).flatten().double()
 
 
 def utility_now(
     state: State,
     layout: Layout,
-    rows: Sequence[Tensor | None],
-    columns: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
     weights: Sequence[Tensor],
 ) -> Tensor:
-    """y: activation statistic x weight statistic of every unit, float64 [N]."""
+    """y: activation statistic x weight statistic of every unit, float64 [N].
+
+    Args:
+        outputs, inputs: sums of magnitudes by output and by input of every weight, where the rule reads them.
+        weights: the tensors of `state.weights`.
+    """
     rule, n = state.rule, layout.num_units
     y = torch.zeros(n, dtype=torch.float64, device=state.buffer.device)
     elements = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
@@ -130,21 +146,25 @@ def utility_now(
             term = state.activation[slot.columns] / (1 if rule.incoming == "times_sum" else count)
         per_column = 1
         if rule.outgoing:
-            column_sums = columns[slot.weight]
-            assert column_sums is not None
-            term = term * column_sums
-            per_column = weights[slot.weight].numel() // column_sums.numel()
-        y = y + torch.where(ran, term.view(n, -1).sum(1), 0.0)
+            sums = inputs[slot.weight]
+            assert sums is not None
+            term = term * sums.narrow(0, slot.block.start, len(term))
+            per_column = weights[slot.weight].numel() // slot.features
+        y = y + torch.where(ran, by_unit(term.contiguous(), slot).sum(1), 0.0)
         elements = elements + torch.where(ran, float(per_column * layout.columns_per_unit), 0.0)
         samples = samples + count
-    if rule.incoming == "times_sum":
-        return y / samples * sum(rows[i] for i in layout.incoming)  # type: ignore[misc]
-    if rule.outgoing != "sum":
+    if rule.incoming != "times_sum" and rule.outgoing != "sum":
         y = y / elements
-    if rule.incoming == "divide":
-        fan_in = sum(weights[i].numel() for i in layout.incoming) // n
-        y = y / (sum(rows[i] for i in layout.incoming) / fan_in)  # type: ignore[misc]
-    return y
+    if rule.incoming is None:
+        return y
+    w_in, fan_in = torch.zeros_like(y), 0
+    for i, block in layout.incoming:
+        sums = outputs[i]
+        assert sums is not None
+        start, unit_stride, per_unit, position_stride = block
+        w_in = w_in + sums[start:].as_strided((n, per_unit), (unit_stride, position_stride)).sum(1)
+        fan_in += per_unit * (weights[i].numel() // len(sums))
+    return y / samples * w_in if rule.incoming == "times_sum" else y / (w_in / fan_in)
 
 
 def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) -> None:
@@ -199,17 +219,17 @@ def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) ->
 
 def choose_(state: State, weights: Sequence[Tensor]) -> None:
     """Utility, age and choice of every group that a forward reached; see `select_`."""
-    groups = {slot.weight: getattr(slot.module, "groups", 1) for slot in state.slots}
-    rows = [_row_sums(w) if r else None for w, r in zip(weights, state.reads_rows, strict=True)]
-    columns = [
-        _column_sums(w, groups[i]) if c else None
-        for i, (w, c) in enumerate(zip(weights, state.reads_columns, strict=True))
-    ]
+    outputs: list[Tensor | None] = []
+    inputs: list[Tensor | None] = []
+    for i, (w, module) in enumerate(zip(weights, state.modules, strict=True)):
+        axis, conv_groups = out_axis(module), getattr(module, "groups", 1)
+        outputs.append(_output_sums(w, axis) if state.reads_outputs[i] else None)
+        inputs.append(_input_sums(w, axis, conv_groups) if state.reads_inputs[i] else None)
     state.step += (state.count > 0).any()
     decay = state.hyper[2]
     for g, layout in enumerate(state.layouts):
         reached = (state.count[layout.slots[0] : layout.slots[-1] + 1] > 0).any()
-        y = utility_now(state, layout, rows, columns, weights)
+        y = utility_now(state, layout, outputs, inputs, weights)
         _choose(state, layout, g, y, reached)
     if state.rule.keeps_mean:
         for s, slot in enumerate(state.slots):
@@ -246,32 +266,28 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
 def elements_of(region: Region, shape: torch.Size, units: Tensor) -> Tensor:
     """Row-major numbers of the elements that `units` [k] own in a tensor of `shape`; int64 [k, elements a unit]."""
     inner = shape[region.axis + 1 :].numel()
-    p = torch.arange(region.per_unit, device=units.device)
+    start, unit_stride, per_unit, position_stride = region.block
+    index = start + units[:, None] * unit_stride + torch.arange(per_unit, device=units.device) * position_stride
     if region.axis == 0:
-        start = (units[:, None] * region.per_unit + p) * inner
-        return (start[..., None] + torch.arange(inner, device=units.device)).flatten(1)
+        return ((index * inner)[..., None] + torch.arange(inner, device=units.device)).flatten(1)
     rows = shape[0] // region.conv_groups
-    column = units[:, None] * region.per_unit + p  # [k, P]
-    first_row = column // shape[1] * rows
-    row = first_row[..., None] + torch.arange(rows, device=units.device)
-    start = (row * shape[1] + (column % shape[1])[..., None]) * inner
-    return (start[..., None] + torch.arange(inner, device=units.device)).flatten(1)
+    row = (index // shape[1] * rows)[..., None] + torch.arange(rows, device=units.device)
+    first = (row * shape[1] + (index % shape[1])[..., None]) * inner
+    return (first[..., None] + torch.arange(inner, device=units.device)).flatten(1)
 
 
 def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weight: Tensor, bias: Tensor) -> None:
     """bias += sum over the units' columns of weight * h_hat."""
     slot, layout = state.slots[region.slot], state.layouts[region.group]
     correction = bias_correction(state.age[layout.units], state.hyper[2])
-    h_hat = state.running_mean[slot.columns].view(layout.num_units, -1) / correction[:, None]
+    h_hat = by_unit(state.running_mean[slot.columns], slot) / correction[:, None]
     h_hat = torch.where(valid[:, None], h_hat[units], 0.0)  # [k, P]
     element = elements_of(region, weight.shape, units)
-    w = weight[torch.unravel_index(element, weight.shape)].double()
-    rows = weight.shape[0] // region.conv_groups
-    gain = (w.view(len(units), region.per_unit, rows, -1).sum(3) * h_hat[..., None]).sum(1)  # [k, rows]
-    first = units * region.per_unit // weight.shape[1] * rows
-    row = first[:, None] + torch.arange(rows, device=units.device)
+    where = torch.unravel_index(element, weight.shape)
+    # [k, P, elements a column]
+    gain = weight[where].double().view(*h_hat.shape, -1) * h_hat[..., None]
     total = torch.zeros(len(bias), dtype=torch.float64, device=bias.device)
-    total.index_put_((row.flatten(),), gain.flatten(), accumulate=True)
+    total.index_put_((where[1 - region.axis].flatten(),), gain.flatten(), accumulate=True)
     moved = (bias + total).to(bias.dtype)
     bias.copy_(torch.where(moved.isfinite(), moved, bias))
 
@@ -307,7 +323,7 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
             mine[units] = torch.where(valid, torch.zeros_like(mine[units]), mine[units])
         if state.rule.keeps_mean:
             for s in layout.slots:
-                m_h = state.running_mean[state.slots[s].columns].view(layout.num_units, -1)
+                m_h = by_unit(state.running_mean[state.slots[s].columns], state.slots[s])
                 m_h[units] = torch.where(valid[:, None], torch.zeros_like(m_h[units]), m_h[units])
 
 

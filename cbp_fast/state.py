@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .rules import Rule
-from .unit_groups import ResolvedGroup
+from .unit_groups import Block, Member, ResolvedGroup, make_width, out_axis, read_width, spatial_axes
 
 DRAW, FILL, TRANSFER = range(3)
 # the order is part of the table's layout, which csrc/plan.h mirrors
@@ -49,8 +49,10 @@ class Slot(NamedTuple):
     group: int
     module: nn.Module
     weight: int  # in `State.weights`, -1 where the rule does not read outgoing weights
-    columns: slice  # in the column-wise fields of the state, unit-major: columns_per_unit for each unit
+    columns: slice  # in the column-wise fields of the state, in the order of the layer's features from block.start on
     spatial: int  # 0: features are the last axis; d: channels before d spatial axes
+    block: Block  # which of the layer's features are the group's
+    features: int  # all that the layer reads
 
 
 class Layout(NamedTuple):
@@ -61,22 +63,22 @@ class Layout(NamedTuple):
     columns_per_unit: int
     units: slice
     slots: tuple[int, ...]
-    incoming: tuple[int, ...]  # in `State.weights`, empty where the rule does not read incoming weights
+    incoming: tuple[tuple[int, Block], ...]  # in `State.weights`, empty where the rule does not read incoming weights
     stream: int  # Philox tensor id of the group's own draws
 
 
 class Region(NamedTuple):
     """The part of one tensor that belongs to each unit of a group, and what re-initialisation puts there.
 
-    Unit j owns `per_unit` entries along `axis`, from j * per_unit on, whole along the other axes; of a grouped
-    convolution's axis 1 it owns its column in the rows of its convolution group.
+    Unit j owns the indices of `block` along `axis`, whole along the other axes; of a grouped convolution's axis 1 it
+    owns its column in the rows of its convolution group.
     """
 
     kind: int  # DRAW from `distribution` with `value` as bound | FILL with `value` | TRANSFER into a bias
     group: int
     ref: TensorRef
-    axis: int = 0
-    per_unit: int = 1
+    axis: int
+    block: Block
     conv_groups: int = 1
     stream: int = 0  # Philox tensor id
     distribution: str = "uniform"
@@ -98,6 +100,17 @@ def tensor_ref(name: str, module: nn.Module, key: str) -> TensorRef | None:
         if tensor is not None:
             return TensorRef(owner, key, f"{name}.{key}" if name else key, tensor.shape, tensor.dtype)
     return None
+
+
+def _weight_ref(member: Member) -> TensorRef:
+    ref = tensor_ref(member.name, member.module, "weight")
+    assert ref is not None
+    return ref
+
+
+def _input_axis(member: Member) -> tuple[int, int]:
+    """The axis of a reader's weight along which its inputs lie, and its convolution groups."""
+    return 1 - out_axis(member.module), getattr(member.module, "groups", 1)
 
 
 class State:
@@ -133,11 +146,13 @@ class State:
     def __init__(self, rule: Rule, groups: Sequence[ResolvedGroup], *, seed: int, device: torch.device) -> None:
         self.rule = rule
         self.weights: list[TensorRef] = []
+        self.modules: list[nn.Module] = []  # the layer of each weight
         self.slots: list[Slot] = []
         self.layouts: list[Layout] = []
         self.regions: list[Region] = []
-        self.reads_rows: list[bool] = []
-        self.reads_columns: list[bool] = []
+        # which sums of each weight's magnitudes the rule needs: by output and by input
+        self.reads_outputs: list[bool] = []
+        self.reads_inputs: list[bool] = []
         self._place(groups)
         self._add_regions(groups)
         self._check_streams()
@@ -165,43 +180,42 @@ class State:
         size = sum(dtype.itemsize * n for _, dtype, n in self._fields)
         self._view(torch.zeros(size, dtype=torch.uint8, device=device))
         self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
-        self.plan = self._pack(double)
+        self.plan = self._pack()
 
     @staticmethod
     def _group_weights(groups: Iterable[ResolvedGroup]) -> Iterable[TensorRef]:
         for group in groups:
-            for name, module in (*group.incoming, *group.outgoing):
-                ref = tensor_ref(name, module, "weight")
-                assert ref is not None
-                yield ref
+            for member in (*group.incoming, *group.outgoing):
+                yield _weight_ref(member)
 
     def _place(self, groups: Sequence[ResolvedGroup]) -> None:
         """Give every group its units, every reader its columns, every weight its number."""
         rule, index = self.rule, {}
 
-        def weight(name: str, module: nn.Module, rows: bool, columns: bool) -> int:
-            if not (rows or columns):
+        def weight(member: Member, outputs: bool, inputs: bool) -> int:
+            if not (outputs or inputs):
                 return -1
-            if module not in index:
-                index[module] = len(self.weights)
-                self.weights.append(tensor_ref(name, module, "weight"))  # type: ignore[arg-type]
-                self.reads_rows.append(False)
-                self.reads_columns.append(False)
-            i = index[module]
-            self.reads_rows[i] |= rows
-            self.reads_columns[i] |= columns
+            if member.module not in index:
+                index[member.module] = len(self.weights)
+                self.weights.append(_weight_ref(member))
+                self.modules.append(member.module)
+                self.reads_outputs.append(False)
+                self.reads_inputs.append(False)
+            i = index[member.module]
+            self.reads_outputs[i] |= outputs
+            self.reads_inputs[i] |= inputs
             return i
 
         unit = column = 0
         for g, group in enumerate(groups):
-            incoming = tuple(weight(n, m, rule.incoming is not None, False) for n, m in group.incoming)
+            incoming = [(weight(m, rule.incoming is not None, False), m.block) for m in group.incoming]
             first = len(self.slots)
-            for name, module in group.outgoing:
-                width = group.num_units * group.columns_per_unit
-                i = weight(name, module, False, rule.outgoing is not None)
-                spatial = 0 if isinstance(module, nn.Linear) else cast(Tensor, module.weight).dim() - 2
-                self.slots.append(Slot(g, module, i, slice(column, column + width), spatial))
-                column += width
+            for member in group.outgoing:
+                columns = slice(column, column + group.num_units * group.columns_per_unit)
+                i = weight(member, False, rule.outgoing is not None)
+                module, block = member.module, member.block
+                self.slots.append(Slot(g, module, i, columns, spatial_axes(module), block, read_width(module)))
+                column = columns.stop
             self.layouts.append(
                 Layout(
                     group.name,
@@ -209,7 +223,7 @@ class State:
                     group.columns_per_unit,
                     slice(unit, unit + group.num_units),
                     tuple(range(first, len(self.slots))),
-                    incoming if rule.incoming else (),
+                    tuple(incoming) if rule.incoming else (),
                     stream_id(group.name, group=True),
                 )
             )
@@ -221,59 +235,72 @@ class State:
         for g, group in enumerate(groups):
             if rule.name == "clarena":
                 # its first step is column j of the layer before, whatever that column means there
-                for name, module in group.preceding:
-                    self._add_draw(g, name, module, axis=1)
-                for name, module in group.incoming:
-                    self._add_draw(g, name, module, axis=0)
+                for member in group.preceding:
+                    self._add_draw(g, member._replace(block=Block(0, 1, 1, 1)), axis=1)
+                for member in group.incoming:
+                    self._add_draw(g, member, axis=0)
                 continue
-            for name, module in group.incoming:
-                self._add_draw(g, name, module, axis=0)
-                self._add_fill(g, name, module, "bias", 0.0)
-            for name, module in group.norms:
+            for member in group.incoming:
+                self._add_draw(g, member, out_axis(member.module))
+                self._add_fill(g, member, "bias", 0.0)
+            for member in group.norms:
                 for key, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-                    ref = tensor_ref(name, module, key)
-                    if ref is not None:
-                        self._add_fill(g, name, module, key, value, per_unit=ref.shape[0] // group.num_units)
+                    self._add_fill(g, member, key, value)
             if rule.transfer_bias:
-                for (name, module), slot in zip(group.outgoing, self.layouts[g].slots, strict=True):
-                    bias, weight = tensor_ref(name, module, "bias"), tensor_ref(name, module, "weight")
+                for member, slot in zip(group.outgoing, self.layouts[g].slots, strict=True):
+                    bias = tensor_ref(member.name, member.module, "bias")
                     if bias is not None:
-                        groups_ = getattr(module, "groups", 1)
-                        per_unit = group.columns_per_unit
-                        self.regions.append(Region(TRANSFER, g, bias, 1, per_unit, groups_, slot=slot, weight=weight))
-            for name, module in group.outgoing:
-                self._add_fill(
-                    g,
-                    name,
-                    module,
-                    "weight",
-                    0.0,
-                    axis=1,
-                    per_unit=group.columns_per_unit,
-                    conv_groups=getattr(module, "groups", 1),
-                )
+                        axis, conv_groups = _input_axis(member)
+                        weight = _weight_ref(member)
+                        self.regions.append(
+                            Region(TRANSFER, g, bias, axis, member.block, conv_groups, slot=slot, weight=weight)
+                        )
+            for member in group.outgoing:
+                axis, conv_groups = _input_axis(member)
+                self._add_fill(g, member, "weight", 0.0, axis=axis, conv_groups=conv_groups)
 
-    def _add_draw(self, group: int, name: str, module: nn.Module, axis: int) -> None:
-        ref = tensor_ref(name, module, "weight")
-        assert ref is not None
-        rows, fan_in = ref.shape[0], ref.shape[1:].numel()
-        bound = self.rule.bound(fan_in, rows, convolution=len(ref.shape) > 2)
+    def _add_draw(self, group: int, member: Member, axis: int) -> None:
+        ref, module, rule = _weight_ref(member), member.module, self.rule
+        distribution = rule.distribution
+        if rule.init == "as_attached":
+            tensor = ref.get()
+            assert tensor is not None
+            value = float(tensor.detach().double().std(correction=0))
+        elif isinstance(module, nn.Embedding):
+            # as PyTorch draws it
+            distribution, value = "normal", 1.0
+        else:
+            # as PyTorch counts it: a transposed convolution's weight is [in, out, ...], and still axis 1 is taken
+            fan_in = ref.shape[1:].numel() if spatial_axes(module) else read_width(module)
+            value = rule.bound(fan_in, make_width(module), convolution=spatial_axes(module) > 0)
+        stream = stream_id(ref.name)
         self.regions.append(
-            Region(
-                DRAW,
-                group,
-                ref,
-                axis,
-                stream=stream_id(ref.name),
-                distribution=self.rule.distribution,
-                value=bound,
-            )
+            Region(DRAW, group, ref, axis, member.block, stream=stream, distribution=distribution, value=value)
         )
 
-    def _add_fill(self, group: int, name: str, module: nn.Module, key: str, value: float, **place: Any) -> None:
-        ref = tensor_ref(name, module, key)
+    @property
+    def deviations(self) -> dict[str, float]:
+        """By name, the standard deviation with which each weight is drawn anew, where that was measured at attach."""
+        if self.rule.init != "as_attached":
+            return {}
+        return {region.ref.name: region.value for region in self.regions if region.kind == DRAW}
+
+    @deviations.setter
+    def deviations(self, values: Mapping[str, float]) -> None:
+        self.regions = [
+            region._replace(value=values[region.ref.name])
+            if region.kind == DRAW and region.ref.name in values
+            else region
+            for region in self.regions
+        ]
+        self.plan = self._pack()
+
+    def _add_fill(
+        self, group: int, member: Member, key: str, value: float, axis: int = 0, conv_groups: int = 1
+    ) -> None:
+        ref = tensor_ref(member.name, member.module, key)
         if ref is not None:
-            self.regions.append(Region(FILL, group, ref, value=value, **place))
+            self.regions.append(Region(FILL, group, ref, axis, member.block, conv_groups, value=value))
 
     def _check_streams(self) -> None:
         seen: dict[int, str] = {}
@@ -331,7 +358,7 @@ class State:
         """Move everything to `device`; the views are new tensors afterwards."""
         self._view(self.buffer.to(device))
 
-    def _pack(self, double: bool) -> Tensor:
+    def _pack(self) -> Tensor:
         """The int64 table that the kernels walk; csrc/plan.h mirrors its order."""
         rule = self.rule
         score = 2 if rule.utility == "random" else 1 if rule.name == "clarena" else 0
@@ -345,7 +372,7 @@ class State:
             sum(len(layout.incoming) for layout in self.layouts),
             self.layouts[-1].units.stop,
             self.slots[-1].columns.stop,
-            8 if double else 4,
+            self.utility.element_size(),
             _ACTIVATION.index(rule.activation),
             int(rule.keeps_mean),
             _OUTGOING.index(rule.outgoing),
@@ -366,15 +393,20 @@ class State:
             first += incoming
         for slot in self.slots:
             table += [slot.group, slot.columns.start, slot.columns.stop - slot.columns.start, slot.weight, slot.spatial]
+            table += [slot.features, *slot.block]
         for layout in self.layouts:
-            table += layout.incoming
+            for number, block in layout.incoming:
+                table += [number, *block]
         dims = lambda shape: [len(shape), *shape, *(1,) * (MAX_DIMS - len(shape))]  # noqa: E731
-        groups = {slot.weight: getattr(slot.module, "groups", 1) for slot in self.slots}
-        for i, ref in enumerate(self.weights):
-            table += [DTYPES[ref.dtype], *dims(ref.shape), groups.get(i, 1)]
-            table += [int(self.reads_rows[i]), int(self.reads_columns[i])]
+        for i, (ref, module) in enumerate(zip(self.weights, self.modules, strict=True)):
+            axis = out_axis(module)
+            # a grouped convolution that only makes units has its rows summed like any other
+            conv_groups = getattr(module, "groups", 1) if self.reads_inputs[i] else 1
+            table += [DTYPES[ref.dtype], *dims(ref.shape), conv_groups, axis]
+            reads = (int(self.reads_outputs[i]), int(self.reads_inputs[i]))
+            table += [reads[axis], reads[1 - axis]]
         for r in self.regions:
             (value,) = struct.unpack("q", struct.pack("d", r.value))
-            table += [r.kind, r.group, r.axis, r.per_unit, r.conv_groups, r.stream]
+            table += [r.kind, r.group, r.axis, *r.block, r.conv_groups, r.stream]
             table += [_DISTRIBUTION.index(r.distribution), value, r.slot, *dims(r.ref.shape)]
         return torch.tensor(table, dtype=torch.int64)

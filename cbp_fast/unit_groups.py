@@ -9,9 +9,9 @@ import operator
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
 # number of spatial axes after the units of a layer; 0: the units are the last axis
+_HF_CONV1D = "transformers.Conv1D"
 _LAYERS = {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
+_LAYERS |= {"ConvTranspose1d": 1, "ConvTranspose2d": 2, "ConvTranspose3d": 3, "Embedding": 0, _HF_CONV1D: 0}
+_TRACED = {kind: _LAYERS[kind] for kind in ("Linear", "Conv1d", "Conv2d", "Conv3d")}
 _FEATURE_NORMS = ("LayerNorm", "RMSNorm")
 _NORMS = (
     *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
@@ -39,30 +42,80 @@ _RESHAPES = ("flatten", "view", "reshape", "squeeze")
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some indices along a layer's axis: those of unit j are start + j * unit_stride + p * position_stride.
+
+    Attributes:
+        layer: The layer or its qualified name.
+        start: Index of the first one of unit 0.
+        per_unit: How many there are for each unit (p < per_unit).
+        unit_stride: From one unit to the next; None is `per_unit`.
+        position_stride: From one index of a unit to its next.
+    """
+
+    layer: str | nn.Module
+    start: int = 0
+    per_unit: int = 1
+    unit_stride: int | None = None
+    position_stride: int = 1
+
+
+@dataclass(frozen=True)
 class UnitGroup:
     """The layers that share one axis of N hidden units.
 
-    A layer is given by its qualified name (``"features.0"``) or as the module itself; lists become tuples.
+    A layer is given by its qualified name (``"features.0"``) or as the module itself; lists become tuples. A
+    :class:`Part` stands for a layer of which only some rows, columns or entries belong to the group.
 
     Attributes:
         name: Name of the group, unique in a model.
-        incoming: Layers that make the units: a unit is one row of each weight.
+        incoming: Layers that make the units: a unit is one row of each weight. A depthwise convolution of the units
+            is one of them.
         outgoing: Layers that read the units: a unit is one column of each weight, or a block of columns where a
             linear layer reads a flattened convolution.
         norms: Normalisation layers in between.
+        num_units: N; needed only where every incoming layer is a `Part`.
     """
 
     name: str
-    incoming: Sequence[str | nn.Module]
-    outgoing: Sequence[str | nn.Module]
-    norms: Sequence[str | nn.Module] = ()
+    incoming: Sequence[str | nn.Module | Part]
+    outgoing: Sequence[str | nn.Module | Part]
+    norms: Sequence[str | nn.Module | Part] = ()
+    num_units: int | None = None
 
     def __post_init__(self) -> None:
         for role in ("incoming", "outgoing", "norms"):
             layers = getattr(self, role)
             # a lone name would fall apart into its letters
-            layers = (layers,) if isinstance(layers, (str, nn.Module)) else tuple(layers)
+            layers = (layers,) if isinstance(layers, (str, nn.Module, Part)) else tuple(layers)
             object.__setattr__(self, role, layers)
+
+
+class Block(NamedTuple):
+    """The indices along an axis that belong to unit j: start + j * unit_stride + p * position_stride, p < per_unit."""
+
+    start: int
+    unit_stride: int
+    per_unit: int
+    position_stride: int
+
+    def indices(self, num_units: int) -> range | list[int]:
+        """All of them, for all units."""
+        if self.unit_stride == self.per_unit and self.position_stride == 1:
+            return range(self.start, self.start + num_units * self.per_unit)
+        return [
+            self.start + j * self.unit_stride + p * self.position_stride
+            for j in range(num_units)
+            for p in range(self.per_unit)
+        ]
+
+
+class Member(NamedTuple):
+    """A layer in its role in a group, and which indices along its axis belong to the units."""
+
+    name: str
+    module: nn.Module
+    block: Block
 
 
 @dataclass(frozen=True)
@@ -73,21 +126,35 @@ class ResolvedGroup:
         name: Name of the group.
         num_units: N, the rows of every incoming weight.
         columns_per_unit: P, the columns of every outgoing weight that read one unit: the number of positions where
-            linear layers read a flattened convolution (unit j owns columns ``j * P`` to ``(j + 1) * P``), else 1.
-        incoming: Qualified name and module of each layer that makes the units.
-        outgoing: The same of each layer that reads them.
-        norms: The same of each normalisation layer in between.
-        preceding: The same of each layer that makes the units which the incoming layers read; only the rule
-            "clarena" looks at them, and whoever has all groups sets them.
+            linear layers read a flattened convolution, else 1.
+        incoming: The layers that make the units.
+        outgoing: The layers that read them.
+        norms: The normalisation layers in between.
+        preceding: The layers that make the units which the incoming layers read; only the rule "clarena" looks at
+            them, and whoever has all groups sets them.
     """
 
     name: str
     num_units: int
     columns_per_unit: int
-    incoming: tuple[tuple[str, nn.Module], ...]
-    outgoing: tuple[tuple[str, nn.Module], ...]
-    norms: tuple[tuple[str, nn.Module], ...]
-    preceding: tuple[tuple[str, nn.Module], ...] = ()
+    incoming: tuple[Member, ...]
+    outgoing: tuple[Member, ...]
+    norms: tuple[Member, ...]
+    preceding: tuple[Member, ...] = ()
+
+    def unit_group(self) -> UnitGroup:
+        """The group by names."""
+        parts: list[list[str | Part]] = []
+        for members in (self.incoming, self.outgoing, self.norms):
+            parts.append([])
+            for name, module, block in members:
+                width = (make_width, read_width, lambda norm: _norm_shape(norm)[0])[len(parts) - 1](module)
+                start, unit_stride, per_unit, position_stride = block
+                whole = block == (0, per_unit, per_unit, 1) and width == self.num_units * per_unit
+                parts[-1].append(name if whole else Part(name, start, per_unit, unit_stride, position_stride))
+        named = any(isinstance(part, str) for part in parts[0])
+        incoming, outgoing, norms = parts
+        return UnitGroup(self.name, incoming, outgoing, norms, None if named else self.num_units)
 
 
 def resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
@@ -111,22 +178,27 @@ def resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
 
 
 def check_disjoint(groups: Iterable[ResolvedGroup]) -> None:
-    """Checks that group names are unique and that no layer has the same role in two groups.
+    """Checks that group names are unique and that no part of a layer has the same role in two groups.
 
     Raises:
         ValueError: If not; the message names the layer and both groups.
     """
     names: set[str] = set()
-    owners: dict[tuple[str, str], str] = {}
+    owners: dict[tuple[str, str], list[tuple[ResolvedGroup, Block]]] = defaultdict(list)
     for group in groups:
         if group.name in names:
             raise ValueError(f"two unit groups are called '{group.name}'")
         names.add(group.name)
         for role in ("incoming", "outgoing", "norms"):
-            for layer, _ in getattr(group, role):
-                other = owners.setdefault((role, layer), group.name)
-                if other != group.name:
-                    raise ValueError(f"'{layer}' is in `{role}` of two unit groups, '{other}' and '{group.name}'")
+            for layer, _, block in getattr(group, role):
+                for other, theirs in owners[role, layer]:
+                    if not set(block.indices(group.num_units)).isdisjoint(theirs.indices(other.num_units)):
+                        raise ValueError(
+                            f"'{layer}' is in `{role}` of two unit groups, '{other.name}' and '{group.name}'"
+                            if other is not group
+                            else f"'{layer}' is named twice in `{role}` of unit group '{group.name}' for the same units"
+                        )
+                owners[role, layer].append((group, block))
 
 
 def find_unit_groups(model: nn.Module, example_inputs: Any = None) -> list[UnitGroup]:
@@ -160,7 +232,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> str:
     groups, left_out = _discover(model, example_inputs)
     rows = [("unit group", "units", "columns", "outgoing", "norms")]
     for found in (resolve(model, group) for group in groups):
-        outgoing, norms = (", ".join(name for name, _ in layers) for layers in (found.outgoing, found.norms))
+        outgoing, norms = (", ".join(member.name for member in part) for part in (found.outgoing, found.norms))
         rows.append(
             (found.name, str(found.num_units), str(found.num_units * found.columns_per_unit), outgoing, norms or "-")
         )
@@ -195,47 +267,112 @@ def _kind(module: nn.Module) -> str:
         name: str = cls.__name__
         if getattr(nn, name, None) is cls and getattr(cls, "forward", None) is forward:
             return name.removeprefix("Lazy")
+        # a linear layer whose weight is [in, out]; not imported, since few have it
+        if (cls.__module__, name) == ("transformers.pytorch_utils", "Conv1D") and vars(cls).get("forward") is forward:
+            return _HF_CONV1D
     return ""
 
 
 def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
     names = {module: name for name, module in model.named_modules()}
-    incoming, outgoing, norms = (
-        tuple((names[module], module) for module in (_look_up(model, names, layer) for layer in layers))
-        for layers in (group.incoming, group.outgoing, group.norms)
-    )
-    if not incoming or not outgoing:
-        raise ValueError(f"`{'outgoing' if incoming else 'incoming'}` names no layer")
-    for name, count in Counter(name for name, _ in incoming + outgoing + norms).items():
-        if count > 1:
-            raise ValueError(f"'{name}' is named twice; a layer has one role in a group")
-    for name, module in incoming + outgoing:
-        _check_layer(name, module)
-    for name, module in norms:
-        if _kind(module) not in _NORMS:
-            raise TypeError(f"{_label(name, module)} is not supported as a norm: it must be one of {', '.join(_NORMS)}")
-    for name, module in incoming + outgoing + norms:
-        _check_parameters(name, module, names)
+    members = {
+        role: [(part, _look_up(model, names, part.layer if isinstance(part, Part) else part)) for part in parts]
+        for role, parts in (("incoming", group.incoming), ("outgoing", group.outgoing), ("norms", group.norms))
+    }
+    for role in ("incoming", "outgoing"):
+        if not members[role]:
+            raise ValueError(f"`{role}` names no layer")
+    roles: dict[str, str] = {}
+    for role, layers in members.items():
+        for part, module in layers:
+            name = names[module]
+            if roles.setdefault(name, role) != role or (
+                not isinstance(part, Part) and [m for _, m in layers].count(module) > 1
+            ):
+                raise ValueError(f"'{name}' is named twice; a layer has one role in a group")
+            if role == "norms":
+                if _kind(module) not in _NORMS:
+                    raise TypeError(
+                        f"{_label(name, module)} is not supported as a norm: it must be one of {', '.join(_NORMS)}"
+                    )
+            else:
+                _check_layer(name, module, role)
+            _check_parameters(name, module, names)
+            if role != "norms" and not cast(torch.Tensor, module.weight).numel():
+                raise ValueError(f"{_label(name, module)} has a weight without elements")
 
-    for name, module in incoming + outgoing:
-        if not cast(torch.Tensor, module.weight).numel():
-            raise ValueError(f"{_label(name, module)} has a weight without elements")
-    n, spatial = _width(incoming[0][1], 0), min(_LAYERS[_kind(module)] for _, module in incoming)
-    for name, module in incoming:
-        if _width(module, 0) != n:
-            raise ValueError(f"'{incoming[0][0]}' makes {n} units but '{name}' makes {_width(module, 0)}")
-    columns = {name: _columns_per_unit(name, module, n, spatial) for name, module in outgoing}
-    p = columns[outgoing[0][0]]
-    for name, other in columns.items():
-        if other != p:
-            raise ValueError(f"'{outgoing[0][0]}' reads {p} columns of each unit but '{name}' reads {other}")
-    for name, module in norms:
-        shape = _norm_shape(module)
-        of_features = _kind(module) in _FEATURE_NORMS
-        if shape != (n,) and not (of_features and (shape == (n * p,) or (shape[0] == n and len(shape) == 1 + spatial))):
-            size = shape[0] if len(shape) == 1 else shape
-            raise ValueError(f"{_label(name, module)} normalises {size} features but the group has {n} units")
+    n = _num_units(group, members["incoming"], names)
+    spatial = min(spatial_axes(module) for _, module in members["incoming"])
+    first = names[members["incoming"][0][1]]
+    incoming = _members(
+        members["incoming"], names, n, make_width, lambda name, module: _rows_per_unit(name, module, n, first)
+    )
+    outgoing = _members(
+        members["outgoing"], names, n, read_width, lambda name, module: _columns_per_unit(name, module, n, spatial)
+    )
+    first, p = outgoing[0].name, outgoing[0].block.per_unit
+    for name, module, block in outgoing:
+        if block.per_unit != p:
+            raise ValueError(f"'{first}' reads {p} columns of each unit but '{name}' reads {block.per_unit}")
+        if block[1:] != (p, p, 1) and block[1:] != (1, p, n):
+            raise ValueError(
+                f"the features of {_label(name, module)} that read the group must lie side by side, unit by unit or "
+                "position by position"
+            )
+    norms = _members(
+        members["norms"],
+        names,
+        n,
+        lambda module: _norm_shape(module)[0],
+        lambda name, module: _entries_per_unit(name, module, n, p, spatial),
+    )
     return ResolvedGroup(group.name, n, p, incoming, outgoing, norms)
+
+
+def _num_units(
+    group: UnitGroup, incoming: Sequence[tuple[str | nn.Module | Part, nn.Module]], names: dict[nn.Module, str]
+) -> int:
+    """N, by the first incoming layer that is given whole, and is not depthwise if another one is not."""
+    whole = [module for part, module in incoming if not isinstance(part, Part)]
+    whole.sort(key=_is_depthwise)
+    n = make_width(whole[0]) if whole else group.num_units
+    if n is None:
+        raise ValueError("num_units must be given where every incoming layer is a Part")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"num_units is {n!r}, must be a positive integer")
+    if group.num_units not in (None, n):
+        raise ValueError(f"num_units is {group.num_units} but '{names[whole[0]]}' makes {n} units")
+    return n
+
+
+def _members(
+    layers: Sequence[tuple[str | nn.Module | Part, nn.Module]],
+    names: dict[nn.Module, str],
+    n: int,
+    width: Callable[[nn.Module], int],
+    per_unit: Callable[[str, nn.Module], int],
+) -> tuple[Member, ...]:
+    """Every layer with its block along an axis of `width`; `per_unit` checks a layer that is given whole."""
+    members = []
+    for part, module in layers:
+        name = names[module]
+        if not isinstance(part, Part):
+            own = per_unit(name, module)
+            members.append(Member(name, module, Block(0, own, own, 1)))
+            continue
+        unit_stride = part.per_unit if part.unit_stride is None else part.unit_stride
+        block = Block(part.start, unit_stride, part.per_unit, part.position_stride)
+        if any(not isinstance(x, int) or isinstance(x, bool) for x in block) or min(block[1:]) < 1 or block.start < 0:
+            raise ValueError(f"{part} must have whole numbers, start at least 0 and the others at least 1")
+        indices = block.indices(n)
+        if max(indices) >= width(module):
+            raise ValueError(
+                f"the part of {_label(name, module)} reaches index {max(indices)} of an axis of {width(module)}"
+            )
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"the part of {_label(name, module)} gives one index to two units")
+        members.append(Member(name, module, block))
+    return tuple(members)
 
 
 def _look_up(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Module) -> nn.Module:
@@ -252,13 +389,15 @@ def _look_up(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Modu
     return modules[layer]
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
+def _check_layer(name: str, module: nn.Module, role: str) -> None:
     kind = _kind(module)
+    if kind == "Embedding" and role == "outgoing":
+        raise TypeError(f"{_label(name, module)} reads indices, not units; an embedding can only be incoming")
+    if kind.startswith("ConvTranspose") and cast(Any, module).groups > 1:
+        raise TypeError(f"{_label(name, module)}: transposed convolutions with groups are not supported")
     if kind in _LAYERS:
         return
-    if kind.startswith("ConvTranspose"):
-        raise TypeError(f"{_label(name, module)}: transposed convolutions are not supported")
-    if isinstance(module, tuple(getattr(nn, layer) for layer in _LAYERS)):
+    if isinstance(module, tuple(getattr(nn, layer, ()) for layer in _LAYERS)):
         raise TypeError(f"{_label(name, module)} overrides forward(), so what its weight means is not known")
     raise TypeError(f"{_label(name, module)} is not supported as a layer: it must be one of {', '.join(_LAYERS)}")
 
@@ -281,10 +420,29 @@ def _check_parameters(name: str, module: nn.Module, modules: Iterable[nn.Module]
             raise ValueError(f"'{name}.{key}' is tied: two modules of the model share it")
 
 
-def _width(layer: nn.Module, axis: int) -> int:
-    """How many units a layer makes (axis 0) or features it reads (axis 1), by its weight."""
-    shape = layer.get_parameter("weight").shape
-    return shape[0] if axis == 0 else shape[1] * getattr(layer, "groups", 1)
+def out_axis(layer: nn.Module) -> int:
+    """The axis of a layer's weight along which its outputs lie; its inputs lie along the other one of the first two."""
+    kind = _kind(layer)
+    return int(kind in ("Embedding", _HF_CONV1D) or kind.startswith("ConvTranspose"))
+
+
+def spatial_axes(layer: nn.Module) -> int:
+    """Number of axes after the features in a layer's input; 0: the features are the last axis."""
+    return _LAYERS[_kind(layer)]
+
+
+def make_width(layer: nn.Module) -> int:
+    """How many features a layer makes."""
+    return layer.get_parameter("weight").shape[out_axis(layer)]
+
+
+def read_width(layer: nn.Module) -> int:
+    """How many features a layer reads."""
+    return layer.get_parameter("weight").shape[1 - out_axis(layer)] * getattr(layer, "groups", 1)
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return getattr(layer, "groups", 1) == read_width(layer) > 1
 
 
 def _norm_shape(norm: Any) -> tuple[int, ...]:
@@ -293,16 +451,34 @@ def _norm_shape(norm: Any) -> tuple[int, ...]:
     return (norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features,)
 
 
+def _rows_per_unit(name: str, layer: nn.Module, n: int, first: str) -> int:
+    """Rows of a producer for each of the n units that `first` makes; more than one only of a depthwise convolution."""
+    width = make_width(layer)
+    if width != n and not (_is_depthwise(layer) and width % n == 0):
+        raise ValueError(f"'{first}' makes {n} units but '{name}' makes {width}")
+    return width // n
+
+
 def _columns_per_unit(name: str, reader: nn.Module, n: int, spatial: int) -> int:
     """Columns of a reader for each of n units that have `spatial` axes."""
-    width, label = _width(reader, 1), _label(name, reader)
-    if getattr(reader, "groups", 1) == width > 1:
-        raise ValueError(f"{label} is a depthwise convolution, which is not supported as a reader")
-    flattens = spatial > 0 and isinstance(reader, nn.Linear)
+    width, label = read_width(reader), _label(name, reader)
+    if _is_depthwise(reader):
+        raise ValueError(f"{label} is a depthwise convolution: it does not mix units, and belongs to `incoming`")
+    flattens = spatial > 0 and spatial_axes(reader) == 0
     if width != n and not (flattens and width % n == 0):
         multiple = ", of which that is no multiple" if flattens else ""
         raise ValueError(f"{label} reads {width} features but the group has {n} units{multiple}")
     return width // n
+
+
+def _entries_per_unit(name: str, norm: nn.Module, n: int, p: int, spatial: int) -> int:
+    """Entries of a norm for each of n units with p columns each."""
+    shape = _norm_shape(norm)
+    of_features = _kind(norm) in _FEATURE_NORMS
+    if shape != (n,) and not (of_features and (shape == (n * p,) or (shape[0] == n and len(shape) == 1 + spatial))):
+        size = shape[0] if len(shape) == 1 else shape
+        raise ValueError(f"{_label(name, norm)} normalises {size} features but the group has {n} units")
+    return shape[0] // n
 
 
 @contextlib.contextmanager
@@ -334,7 +510,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # a subclass that only adds to a layer is the layer
-        return _kind(m) in (*_LAYERS, *_NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return _kind(m) in (*_TRACED, *_NORMS) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         return super().call_module(m, m.forward, args, kwargs)
@@ -459,7 +635,7 @@ class _Walk:
         self.barred = {name: f"'{name}' is called {n} times in forward()" for name, n in self.calls.items() if n > 1}
         self.units: dict[fx.Node, _Units] = {}
         self.numbers: set[fx.Node] = set()
-        known = (name for name, module in self.modules.items() if _kind(module) in (*_LAYERS, *_NORMS))
+        known = (name for name, module in self.modules.items() if _kind(module) in (*_TRACED, *_NORMS))
         self.uncalled = [name for name in known if self._caller(name) is None]
         # values that map to the same node have the same first axis
         self.batch: dict[fx.Node, fx.Node] = {}
@@ -473,7 +649,7 @@ class _Walk:
             return f"it is inside {_label(caller, self.modules[caller])}, which is not understood"
         barred = [self.barred[layer] for layer in (name, *group.outgoing, *group.norms) if layer in self.barred]
         try:
-            _check_layer(name, self.modules[name])
+            _check_layer(name, self.modules[name], "incoming")
             if barred or name in self.refused:
                 return self.refused.get(name) or barred[0]
             if not group.outgoing:
@@ -515,12 +691,12 @@ class _Walk:
             except ValueError as error:
                 for units in held:
                     self.refused.setdefault(units.layer, str(error))
-        if key in _LAYERS:
-            units = self.units[node] = _Units(str(node.target), _LAYERS[key])
+        if key in _TRACED:
+            units = self.units[node] = _Units(str(node.target), _TRACED[key])
             if units.spatial and node in self.shapes and len(self.shapes[node]) != 2 + units.spatial:
                 self.refused[units.layer] = "its input has no batch axis"
         roots = {self.batch[n] for n in inputs}
-        keeps_batch = any(key in known for known in (_LAYERS, _NORMS, _ELEMENTWISE)) or bool(_POOL.fullmatch(key))
+        keeps_batch = any(key in known for known in (_TRACED, _NORMS, _ELEMENTWISE)) or bool(_POOL.fullmatch(key))
         if key in _RESHAPES:
             keeps_batch = self._is_flatten(node, key, inputs[0])
         self.batch[node] = roots.pop() if keeps_batch and len(roots) == 1 else node
@@ -532,8 +708,8 @@ class _Walk:
             raise ValueError(f"{op} combines its output with another tensor")
         (units,) = held
         source, pool = inputs[0], _POOL.fullmatch(key)
-        if key in _LAYERS:
-            if _LAYERS[key] != units.spatial:
+        if key in _TRACED:
+            if _TRACED[key] != units.spatial:
                 raise ValueError(f"{op} reads another axis of its output than that of the units")
             self.readers[units.layer].append(str(node.target))
             return
@@ -607,7 +783,7 @@ class _Walk:
         """Name of the known operation that a node calls, or an empty string."""
         if node.op == "call_module":
             name = _kind(self.modules[node.target])
-            return name if name in _LAYERS or name in _NORMS else name.lower()
+            return name if name in _TRACED or name in _NORMS else name.lower()
         name = str(getattr(node.target, "__name__", node.target))
         known = any(getattr(space, name, None) is node.target for space in (torch, F, torch._C._nn, operator))
         return name.replace("_", "") if known or node.op == "call_method" else ""

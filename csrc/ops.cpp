@@ -163,9 +163,9 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
   CBP_CHECK(slot.spatial == 0 ? dims >= 1 && dims <= MAX_AXES : dims == slot.spatial + 1 || dims == slot.spatial + 2,
             "activations have " + std::to_string(dims) + " dimensions, which their layer does not take");
   const int64_t axis = slot.spatial == 0 ? dims - 1 : dims - 1 - slot.spatial;
-  CBP_CHECK(sizes[axis] == slot.columns, "activations have " + std::to_string(sizes[axis]) + " features, not " +
-                                             std::to_string(slot.columns) + " as at attach");
-  Activations a{nullptr, h.scalar_type(), sizes[axis], strides[axis], 1, {}};
+  CBP_CHECK(sizes[axis] == slot.features, "activations have " + std::to_string(sizes[axis]) + " features, not " +
+                                              std::to_string(slot.features) + " as at attach");
+  Activations a{nullptr, h.scalar_type(), slot.columns, strides[axis], 1, {}};
   sum_kernels(a.type);
   for (int64_t d = 0; d < dims; ++d)
     if (d != axis) {
@@ -173,7 +173,7 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
       a.dims.add({sizes[d], strides[d]});
     }
   a.dims.merge();
-  a.data = static_cast<const char*>(h.const_data_ptr());
+  a.data = static_cast<const char*>(h.const_data_ptr()) + slot.block.start * strides[axis] * element_size(a.type);
   return a;
 }
 
@@ -254,12 +254,12 @@ void capture(const Plan& plan, const Fields& f, int64_t s, const Activations& a)
     const double divisor = correction(f.age[group.first_unit + j] + 1);
     double total = 0;
     for (int64_t p = 0; p < group.columns_per_unit; ++p) {
-      const int64_t c = slot.first_column + j * group.columns_per_unit + p;
+      const int64_t c = slot.first_column + slot.column(j, p);
       const double mean = f.feature[c] / static_cast<double>(f.seen[s]);
       total += (*f.decay * f.running_mean[c] + (1.0 - *f.decay) * mean) / divisor;
     }
     for (int64_t p = 0; p < group.columns_per_unit; ++p)
-      h_hat[j * group.columns_per_unit + p] = total / static_cast<double>(group.columns_per_unit);
+      h_hat[slot.column(j, p)] = total / static_cast<double>(group.columns_per_unit);
   }
   sum_activations(a, Term::kDistance, h_hat.data(), sums);
 }
@@ -410,7 +410,7 @@ int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::v
     const Group& group = plan.groups[plan.slots[s].group];
     reached[plan.slots[s].group] = 1;
     if (plan.slots[s].weight >= 0) needed[plan.slots[s].weight] = 1;
-    for (int64_t i = 0; i < group.incoming; ++i) needed[plan.incoming[group.first_incoming + i]] = 1;
+    for (int64_t i = 0; i < group.incoming; ++i) needed[plan.incoming[group.first_incoming + i].weight] = 1;
   }
   if (!any) return 0;
 
@@ -429,13 +429,15 @@ int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::v
       for (int64_t p = 0; p < v.parts; ++p) parts.push_back({i, g, p});
   }
   Scratch scratch(room);
-  std::vector<const double*> rows(h.weights), columns(h.weights);
+  std::vector<const double*> outputs(h.weights), inputs(h.weights);
   for (int64_t i = 0; i < h.weights; ++i) {
     WeightView& v = views[i];
     v.major_sums = scratch.take<double>(v.major_length());
     v.partial = scratch.take<double>(v.partial_length());
-    rows[i] = v.rows = scratch.take<double>(plan.weights[i].size[0]);
-    columns[i] = v.columns = scratch.take<double>(v.conv_groups * plan.weights[i].size[1]);
+    v.rows = scratch.take<double>(plan.weights[i].size[0]);
+    v.columns = scratch.take<double>(v.conv_groups * plan.weights[i].size[1]);
+    outputs[i] = plan.weights[i].out_axis == 0 ? v.rows : v.columns;
+    inputs[i] = plan.weights[i].out_axis == 0 ? v.columns : v.rows;
   }
   for_each(static_cast<int64_t>(parts.size()), elements, [&](int64_t i) {
     const Part& p = parts[i];
@@ -446,7 +448,7 @@ int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::v
   });
 
   ++*f.step;
-  const Sums sums{rows.data(), columns.data()};
+  const Sums sums{outputs.data(), inputs.data()};
   if (h.utility_bytes == 8)
     choose_all<double>(plan, f, sums, reached);
   else
@@ -513,8 +515,8 @@ void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vect
     if (region.kind == 2) {
       const Tensor& w = tensors[++next];
       const Slot& slot = plan.slots[region.slot];
-      CBP_CHECK(w.is_cpu() && w.dim() >= 2 && w.dim() <= MAX_DIMS && w.size(0) == region.size[0] &&
-                    region.conv_groups * w.size(1) == slot.columns,
+      CBP_CHECK(w.is_cpu() && w.dim() >= 2 && w.dim() <= MAX_DIMS && w.size(1 - region.axis) == region.size[0] &&
+                    region.conv_groups * w.size(region.axis) == slot.features,
                 "a reading weight changed its device or shape");
       job.weight_type = w.scalar_type();
       sum_kernels(job.weight_type);

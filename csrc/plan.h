@@ -22,30 +22,47 @@ struct Header {
   int64_t step, seed, hyper, pending, num_replaced, seen, sums, feature, running_mean, utility, age, num_chosen, chosen;
   int64_t bytes;
 };
+// the indices along an axis that belong to unit j: start + j * unit_stride + p * position_stride, p < per_unit
+struct Block {
+  int64_t start, unit_stride, per_unit, position_stride;
+  int64_t index(int64_t j, int64_t p) const { return start + j * unit_stride + p * position_stride; }
+};
 struct Group {
   int64_t first_unit, units, columns_per_unit, first_slot, slots, first_incoming, incoming, stream;
 };
 struct Slot {
-  int64_t group, first_column, columns, weight, spatial;
+  int64_t group, first_column, columns, weight, spatial, features;
+  Block block;  // of the layer's features
+  // the place of feature (j, p) among the columns
+  int64_t column(int64_t j, int64_t p) const { return j * block.unit_stride + p * block.position_stride; }
+};
+struct Incoming {
+  int64_t weight;
+  Block block;  // of the layer's outputs
 };
 struct Weight {
-  int64_t dtype, dims, size[MAX_DIMS], conv_groups, reads_rows, reads_columns;
+  int64_t dtype, dims, size[MAX_DIMS], conv_groups;
+  int64_t out_axis;                   // 0 rows are outputs, 1 columns are
+  int64_t reads_rows, reads_columns;  // which sums are needed
+  int64_t numel() const { return size[0] * size[1] * size[2] * size[3] * size[4]; }
 };
 struct Region {
   int64_t kind;  // 0 draw, 1 fill, 2 transfer
-  int64_t group, axis, per_unit, conv_groups, stream;
+  int64_t group, axis;
+  Block block;
+  int64_t conv_groups, stream;
   int64_t distribution;  // 0 uniform in [-value, value), 1 normal with deviation value, 2 uniform in [0, 1)
   double value;
   int64_t slot, dims, size[MAX_DIMS];
 };
-static_assert(sizeof(Header) == 30 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 5 * 8 && sizeof(Weight) == 10 * 8 &&
-              sizeof(Region) == 15 * 8);
+static_assert(sizeof(Header) == 30 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 10 * 8 &&
+              sizeof(Incoming) == 5 * 8 && sizeof(Weight) == 11 * 8 && sizeof(Region) == 18 * 8);
 
 struct Plan {
   const Header* header;
   const Group* groups;
   const Slot* slots;
-  const int64_t* incoming;
+  const Incoming* incoming;
   const Weight* weights;
   const Region* regions;
 
@@ -53,14 +70,14 @@ struct Plan {
     header = reinterpret_cast<const Header*>(table);
     groups = reinterpret_cast<const Group*>(header + 1);
     slots = reinterpret_cast<const Slot*>(groups + header->groups);
-    incoming = reinterpret_cast<const int64_t*>(slots + header->slots);
+    incoming = reinterpret_cast<const Incoming*>(slots + header->slots);
     weights = reinterpret_cast<const Weight*>(incoming + header->incoming);
     regions = reinterpret_cast<const Region*>(weights + header->weights);
   }
   // how many int64 the table must have; only the header is read
   static int64_t size(const Header& h) {
-    const size_t bytes = sizeof(Header) + h.groups * sizeof(Group) + h.slots * sizeof(Slot) + h.incoming * 8 +
-                         h.weights * sizeof(Weight) + h.regions * sizeof(Region);
+    const size_t bytes = sizeof(Header) + h.groups * sizeof(Group) + h.slots * sizeof(Slot) +
+                         h.incoming * sizeof(Incoming) + h.weights * sizeof(Weight) + h.regions * sizeof(Region);
     return static_cast<int64_t>(bytes / 8);
   }
 };

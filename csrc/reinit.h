@@ -44,8 +44,8 @@ void for_each_run(const Target& t, const Region& region, int64_t j, const F& f) 
       f(at, element + i, run, stride);
     }
   };
-  for (int64_t p = 0; p < region.per_unit; ++p) {
-    const int64_t index = j * region.per_unit + p;
+  for (int64_t p = 0; p < region.block.per_unit; ++p) {
+    const int64_t index = region.block.index(j, p);
     if (region.axis == 0) {
       inner_runs(index * t.stride[0], index * inner);
       continue;
@@ -103,26 +103,28 @@ template <typename B, typename W>
 void transfer(const Plan& plan, const Fields& f, const Region& region, const Target& bias, const Target& weight) {
   const Group& group = plan.groups[region.group];
   const Slot& slot = plan.slots[region.slot];
-  const int64_t rows = weight.size[0];
-  std::vector<double> total(rows, 0.0);
+  const int64_t outputs = weight.size[1 - region.axis];
+  const int64_t inner = weight.size[2] * weight.size[3] * weight.size[4];
+  std::vector<double> total(outputs, 0.0);
   BiasCorrection correction(*f.decay);
-  Region column = region;
-  column.per_unit = 1;
   for (int64_t i = 0; i < f.num_chosen[region.group]; ++i) {
     const int64_t j = f.chosen[group.first_unit + i];
     const double divisor = correction(f.age[group.first_unit + j]);
-    for (int64_t p = 0; p < region.per_unit; ++p) {
-      const int64_t c = j * region.per_unit + p;
-      const double h_hat = f.running_mean[slot.first_column + c] / divisor;
-      for_each_run(weight, column, c, [&](int64_t at, int64_t element, int64_t n, int64_t s) {
+    for (int64_t p = 0; p < region.block.per_unit; ++p) {
+      const double h_hat = f.running_mean[slot.first_column + slot.column(j, p)] / divisor;
+      Region column = region;
+      column.block = {region.block.index(j, p), 0, 1, 0};
+      for_each_run(weight, column, 0, [&](int64_t at, int64_t element, int64_t n, int64_t s) {
         const W* w = static_cast<const W*>(weight.data) + at;
-        double sum = 0;
-        for (int64_t e = 0; e < n; ++e) sum += static_cast<double>(w[e * s]);
-        total[element / (weight.size[1] * weight.size[2] * weight.size[3] * weight.size[4])] += sum * h_hat;
+        for (int64_t e = 0; e < n; ++e) {
+          const int64_t row = (element + e) / inner;
+          total[region.axis == 1 ? row / weight.size[1] : row % weight.size[1]] +=
+              static_cast<double>(w[e * s]) * h_hat;
+        }
       });
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < outputs; ++r) {
     B& b = static_cast<B*>(bias.data)[r * bias.stride[0]];
     const B moved = static_cast<B>(static_cast<double>(b) + total[r]);
     if (std::isfinite(static_cast<double>(moved))) b = moved;
@@ -135,14 +137,15 @@ inline void forget(const Plan& plan, const Fields& f) {
   for (int64_t g = 0; g < h.groups; ++g) {
     const Group& group = plan.groups[g];
     for (int64_t i = 0; i < f.num_chosen[g]; ++i) {
-      const int64_t j = f.chosen[group.first_unit + i], unit = group.first_unit + j, per_unit = group.columns_per_unit;
+      const int64_t j = f.chosen[group.first_unit + i], unit = group.first_unit + j;
       if (h.utility_bytes == 8)
         static_cast<double*>(f.utility)[unit] = 0;
       else
         static_cast<float*>(f.utility)[unit] = 0;
       f.age[unit] = 0;
       for (int64_t s = group.first_slot; h.keeps_mean && s < group.first_slot + group.slots; ++s)
-        for (int64_t p = 0; p < per_unit; ++p) f.running_mean[plan.slots[s].first_column + j * per_unit + p] = 0;
+        for (int64_t p = 0; p < group.columns_per_unit; ++p)
+          f.running_mean[plan.slots[s].first_column + plan.slots[s].column(j, p)] = 0;
     }
   }
 }

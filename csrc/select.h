@@ -11,8 +11,8 @@ namespace cbp {
 
 // what a group needs while it is worked on; sums of weights are null where the rule does not read them
 struct Sums {
-  const double* const* rows;     // of each weight, [out]
-  const double* const* columns;  // of each weight, [in]
+  const double* const* outputs;  // of each weight, [out]
+  const double* const* inputs;   // of each weight, [in]
 };
 
 // y[j] in double: activation statistic x weight statistic; README says what each rule multiplies
@@ -29,15 +29,15 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     // clarena has one mean over all readers: sums first, one division at the end
     const double divisor = h.incoming_use == 1 ? 1.0 : seen;
     const double* activation = f.sums + slot.first_column;
-    const double* weight = h.outgoing ? sums.columns[slot.weight] : nullptr;
+    const double* weight = h.outgoing ? sums.inputs[slot.weight] + slot.block.start : nullptr;
     const auto add = [&](const auto& term) {
       if (per_unit == 1) {
         for (int64_t j = 0; j < n; ++j) y[j] += term(j);
         return;
       }
-      for (int64_t j = 0, c = 0; j < n; ++j) {
+      for (int64_t j = 0; j < n; ++j) {
         double total = 0;
-        for (int64_t p = 0; p < per_unit; ++p, ++c) total += term(c);
+        for (int64_t p = 0; p < per_unit; ++p) total += term(slot.column(j, p));
         y[j] += total;
       }
     };
@@ -49,34 +49,35 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
       add([&](int64_t c) { return weight[c]; });
     else
       add([](int64_t) { return 1.0; });
-    int64_t numel = 1;
-    if (h.outgoing)
-      for (const int64_t size : plan.weights[slot.weight].size) numel *= size;
-    elements += h.outgoing ? static_cast<double>(numel / (n * per_unit)) * per_unit : per_unit;
+    const int64_t per_column = h.outgoing ? plan.weights[slot.weight].numel() / slot.features : 1;
+    elements += static_cast<double>(per_column * per_unit);
   }
   if (h.incoming_use != 1 && h.outgoing != 1)
     for (int64_t j = 0; j < n; ++j) y[j] /= elements;
   if (h.incoming_use == 0) return;
-  int64_t fan_in = 0;
-  for (int64_t i = 0; i < group.incoming; ++i) {
-    const Weight& w = plan.weights[plan.incoming[group.first_incoming + i]];
-    fan_in += w.size[1] * w.size[2] * w.size[3] * w.size[4];
-  }
-  const auto weigh = [&](const auto& w_in) {
+  const auto weigh = [&](const auto& w_in, double fan_in) {
     if (h.incoming_use == 1)
       for (int64_t j = 0; j < n; ++j) y[j] = y[j] / samples * w_in(j);
     else
-      for (int64_t j = 0; j < n; ++j) y[j] = y[j] / (w_in(j) / static_cast<double>(fan_in));
+      for (int64_t j = 0; j < n; ++j) y[j] = y[j] / (w_in(j) / fan_in);
   };
-  const int64_t* incoming = plan.incoming + group.first_incoming;
-  if (group.incoming == 1)
-    weigh([row = sums.rows[incoming[0]]](int64_t j) { return row[j]; });
+  const Incoming *first = plan.incoming + group.first_incoming, *last = first + group.incoming;
+  int64_t fan_in = 0;
+  for (const Incoming* i = first; i < last; ++i) {
+    const Weight& w = plan.weights[i->weight];
+    fan_in += i->block.per_unit * (w.numel() / w.size[w.out_axis]);
+  }
+  if (group.incoming == 1 && first->block.unit_stride == 1 && first->block.per_unit == 1)
+    weigh([sum = sums.outputs[first->weight] + first->block.start](int64_t j) { return sum[j]; }, fan_in);
   else
-    weigh([&](int64_t j) {
-      double total = 0;
-      for (int64_t i = 0; i < group.incoming; ++i) total += sums.rows[incoming[i]][j];
-      return total;
-    });
+    weigh(
+        [&](int64_t j) {
+          double total = 0;
+          for (const Incoming* i = first; i < last; ++i)
+            for (int64_t p = 0; p < i->block.per_unit; ++p) total += sums.outputs[i->weight][i->block.index(j, p)];
+          return total;
+        },
+        fan_in);
 }
 
 // a float's bits in an order of their own: less as a float is less as an integer, and -0 is +0

@@ -220,7 +220,7 @@ def test_example_inputs_find_the_same_groups(name):
 
 
 def rows_of(group, units):
-    for _, layer in group.incoming:
+    for _, layer, _ in group.incoming:
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 yield parameter, units
@@ -229,7 +229,7 @@ def rows_of(group, units):
 def norm_entries_of(group, units):
     """(tensor, indices, value of a reset) for each affine parameter and statistic."""
     resets = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
-    for _, norm in group.norms:
+    for _, norm, _ in group.norms:
         for key, value in resets.items():
             tensor = getattr(norm, key, None)
             if tensor is not None:
@@ -241,7 +241,7 @@ def norm_entries_of(group, units):
 
 def columns_of(group, units, shift=0):
     n, p = group.num_units, group.columns_per_unit
-    for _, layer in group.outgoing:
+    for _, layer, _ in group.outgoing:
         for column in ((j * p + i + shift) % (n * p) for j in units for i in range(p)):
             blocks = getattr(layer, "groups", 1)
             weight = layer.weight.detach().view(blocks, -1, *layer.weight.shape[1:])
@@ -289,7 +289,7 @@ def reset_units(group, units):
 
 def randomise_units(group, units):
     # what enters a norm that couples units moves the others too: then only that norm's own entries can be told apart
-    coupling = tuple((name, norm) for name, norm in group.norms if isinstance(norm, COUPLING))
+    coupling = tuple(member for member in group.norms if isinstance(member.module, COUPLING))
     if coupling:
         group = dataclasses.replace(group, norms=coupling)
     else:
@@ -561,11 +561,6 @@ REFUSED = {
         lambda: nn.Sequential(LinearPlusOne(5, 6), nn.Linear(6, 3)),
         "0",
         "'0' (LinearPlusOne) overrides forward()",
-    ),
-    "transposed": (
-        lambda: nn.Sequential(nn.ConvTranspose1d(2, 6, 3), nn.Conv1d(6, 3, 1)),
-        "0",
-        "'0' (ConvTranspose1d): transposed convolutions are not supported",
     ),
     "read by a transposed convolution": (
         lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ConvTranspose1d(6, 3, 1)),
@@ -886,7 +881,9 @@ def test_layers_are_given_by_name_or_as_modules():
     assert resolve(model, by_name) == resolve(model, by_module)
     group = resolve(model, by_name)
     assert (group.name, group.num_units, group.columns_per_unit) == ("hidden", 6, 1)
-    assert (group.incoming, group.outgoing, group.norms) == ((("0", model[0]),), (("2", model[2]),), (("1", model[1]),))
+    found = [[(name, module) for name, module, _ in part] for part in (group.incoming, group.outgoing, group.norms)]
+    assert found == [[("0", model[0])], [("2", model[2])], [("1", model[1])]]
+    assert group.unit_group() == by_name
 
 
 def test_unit_group_cannot_be_changed():
@@ -898,7 +895,11 @@ def gated():
     layers = {"gate": nn.Linear(5, 6), "up": nn.Linear(5, 6), "down": nn.Linear(6, 3), "conv": nn.Conv2d(2, 6, 3)}
     layers |= {"flat": nn.Linear(24, 3), "wide": nn.Linear(5, 7), "norm": nn.LayerNorm(24), "relu": nn.ReLU()}
     layers |= {"patches": nn.LayerNorm((6, 2, 2)), "other": nn.BatchNorm1d(7), "odd": nn.Linear(25, 3)}
-    layers |= {"transposed": nn.ConvTranspose1d(6, 6, 1), "plus": LinearPlusOne(6, 3), "point": nn.Conv2d(6, 3, 1)}
+    layers |= {
+        "transposed": nn.ConvTranspose1d(6, 6, 1, groups=2),
+        "plus": LinearPlusOne(6, 3),
+        "point": nn.Conv2d(6, 3, 1),
+    }
     layers |= {
         "twelve": nn.LayerNorm(12),
         "depthwise": nn.Conv2d(6, 6, 1, groups=6),
@@ -937,7 +938,7 @@ def test_explicit_groups_resolve(group, columns_per_unit):
             TypeError,
             "'relu' (ReLU) is not supported as a layer: it must be one of Linear,",
         ),
-        (UnitGroup("g", "gate", "transposed"), TypeError, "transposed convolutions are not supported"),
+        (UnitGroup("g", "gate", "transposed"), TypeError, "transposed convolutions with groups are not supported"),
         (UnitGroup("g", "gate", "plus"), TypeError, "'plus' (LinearPlusOne) overrides forward()"),
         (
             UnitGroup("g", "gate", "down", "relu"),
@@ -960,7 +961,7 @@ def test_explicit_groups_resolve(group, columns_per_unit):
         (
             UnitGroup("g", "conv", "depthwise"),
             ValueError,
-            "'depthwise' (Conv2d) is a depthwise convolution, which is not",
+            "'depthwise' (Conv2d) is a depthwise convolution: it does not mix units",
         ),
         (
             UnitGroup("g", "gate", "down", "other"),
