@@ -53,7 +53,7 @@ class Engine:
             raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
         device = _one_device(groups)
         self._wanted = backend
-        self._layer = layer
+        self.layer = layer
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
@@ -304,15 +304,15 @@ class Engine:
             self._checked(ref)
 
     def _checked(self, ref: TensorRef) -> Tensor:
-        tensor, of = ref.get(), f"{self._layer}: " if self._layer else ""
-        again = "make the layer anew" if self._layer else "detach with remove() and attach again"
+        tensor, of = ref.get(), f"{self.layer}: " if self.layer else ""
+        again = "make the layer anew" if self.layer else "detach with remove() and attach again"
         if tensor is None:
             raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
         if tensor.device != self.state.buffer.device:
-            move = "model.to" if self._layer else "cbp.to"
+            move = "model.to" if self.layer else "cbp.to"
             raise RuntimeError(
-                f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
-                f"call {move}({str(tensor.device)!r}) after moving the model"
+                f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on "
+                f"{self.state.buffer.device}; call {move}({str(tensor.device)!r}) after moving the model"
             )
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:

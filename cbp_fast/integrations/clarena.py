@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..continual_backprop import ContinualBackprop, _check_clarena
 from ..engine import Engine, step_together
 from ..rules import Rule
-from ..unit_groups import UnitGroup, explain, find_unit_groups, resolve
+from ..unit_groups import ResolvedGroup, UnitGroup, explain, find_unit_groups, resolve
 
 try:
     from clarena.cl_algorithms import CBP as _ClarenaCBP
@@ -75,7 +75,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     without it loads. `replacement_rate`, `maturity_threshold` and `utility_decay_rate` may be changed between batches.
 
     Args:
-        backbone, heads, replacement_rate, maturity_threshold, utility_decay_rate, non_algorithmic_hparams: as clarena's.
+        backbone, heads, replacement_rate, maturity_threshold, utility_decay_rate, non_algorithmic_hparams: as of
+            clarena's.
         rule: "nature", "gnt", "clarena", a `Rule`, or the fields of one.
         backend: as of `ContinualBackprop`.
         kwargs: what else the installed clarena takes.
@@ -189,7 +190,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         # a copy or a pickle has the state, and attaches when it is fitted itself
         return {**super().__getstate__(), "_kept": self._state(), "_engine": None, "_attached": None}
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self) -> dict[str, Any]:
         return {
             "replacement_rate": self.replacement_rate,
             "maturity_threshold": self.maturity_threshold,
@@ -230,11 +231,12 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         found: dict[str, UnitGroup] = {}
         shared = ""
         for group in groups:
-            makers = [name.removeprefix("backbone.").replace(".", "/") for name, *_ in resolve(network, group).incoming]
+            members = resolve(network, group).incoming
+            makers = [member.name.removeprefix("backbone.").replace(".", "/") for member in members]
             if len(makers) == 1:
                 found[makers[0]] = replace(group, name=makers[0])
             else:
-                shared += f"{', '.join(makers)} add up to the same units, and clarena keeps a layer's units by its name\n"
+                shared += f"{', '.join(makers)} make the same units, and clarena knows each layer's own\n"
         unread = [name for name in names if name not in found]
         if unread:
             raise ValueError(
@@ -249,8 +251,10 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
             raise RuntimeError("rule 'clarena' runs in one process only: each would replace units of its own")
         names = self.backbone.weighted_layer_names
         layers = [f"backbone.{name}".replace("/", ".") for name in names]
-        heads = (name for name, head in self.named_modules() if name.startswith("heads.") and isinstance(head, nn.Linear))
-        groups = []
+        heads = (
+            name for name, head in self.named_modules() if name.startswith("heads.") and isinstance(head, nn.Linear)
+        )
+        groups: list[ResolvedGroup] = []
         for name, layer, reader in zip(names, layers, [*layers[1:], next(heads)], strict=True):
             group = resolve(self, UnitGroup(name, [layer], [reader]))
             groups.append(replace(group, preceding=groups[-1].incoming if groups else ()))

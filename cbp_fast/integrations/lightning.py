@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import metrics
 from ..continual_backprop import ContinualBackprop
+from ..state import Slot
 
 try:
     from lightning import Callback, LightningModule, Trainer
@@ -25,8 +26,8 @@ class ContinualBackpropCallback(Callback):
     It steps after the optimizers that train the model; checkpoints hold its state, and a resumed run is the
     uninterrupted one bit for bit. One callback serves one module; a further fit goes on from the state so far.
 
-    Logged, every `log_every_n_steps` of the Trainer, under ``continual_backprop/<group>/``: `replaced`, units replaced so
-    far. Every `metrics_every_n_steps`, of what the readers of the group saw in that batch: `dormant`, the share of
+    Logged, every `log_every_n_steps` of the Trainer, under ``continual_backprop/<group>/``: `replaced`, units replaced
+    so far. Every `metrics_every_n_steps`, of what the readers of the group saw in that batch: `dormant`, the share of
     features that were zero on every sample, and `effective_rank`; and `continual_backprop/weight_magnitude`.
 
     Args:
@@ -60,7 +61,9 @@ class ContinualBackpropCallback(Callback):
         mine = {id(parameter) for parameter in model.parameters()}
         # an optimizer that trains something else need not have stepped
         optimizers = [o for o in trainer.optimizers if any(id(p) in mine for g in o.param_groups for p in g["params"])]
-        options = {"example_inputs": None if self._model else pl_module.example_input_array} | self._options
+        options: dict[str, Any] = {
+            "example_inputs": None if self._model else pl_module.example_input_array
+        } | self._options
         self.cbp = ContinualBackprop(model, optimizers, **options)
         if self._kept:
             self.cbp.load_state_dict(self._kept)
@@ -72,7 +75,7 @@ class ContinualBackpropCallback(Callback):
         self._next = trainer.global_step + self._every
         state = self.cbp._engine.state
         for slot in state.slots:
-            watch = self._watcher(state.layouts[slot.group].name, 1 if slot.spatial else -1)
+            watch = self._watcher(state.layouts[slot.group].name, slot)
             self._watching.append(slot.module.register_forward_pre_hook(watch, with_kwargs=True))
 
     def on_train_batch_end(
@@ -112,10 +115,13 @@ class ContinualBackpropCallback(Callback):
             self.cbp.remove()
         self.cbp = None
 
-    def _watcher(self, name: str, axis: int) -> Any:
+    def _watcher(self, name: str, slot: Slot) -> Any:
+        features = slice(slot.block.start, slot.block.start + slot.columns.stop - slot.columns.start)
+
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled():
-                self._seen[name] = (args[0] if args else kwargs["input"]).detach().movedim(axis, -1)
+                h = (args[0] if args else kwargs["input"]).detach()
+                self._seen[name] = h.movedim(1 if slot.spatial else -1, -1)[..., features]
 
         return watch
 

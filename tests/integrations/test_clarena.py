@@ -51,7 +51,10 @@ def loader(task, batches=20):
     return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
-def fit(model, task, optimizer=partial(torch.optim.Adam, lr=1e-3), ckpt_path=None, new=True, **options):
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+
+def fit(model, task, optimizer=ADAM, ckpt_path=None, new=True, **options):
     # the head is made here
     torch.manual_seed(task)
     if new:
@@ -128,7 +131,7 @@ def test_rule_nature_is_the_attached_object(heads):
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     rates = {"replacement_rate": RATE["nature"], "maturity_threshold": 5, "decay_rate": 0.9}
     cbp = ContinualBackprop(network, optimizer, seed=1, **rates)
-    model.optimizer_t = partial(torch.optim.Adam, lr=1e-3)
+    model.optimizer_t = ADAM
     fit(model, 1, new=False)
     for x, y in loader(1):
         loss = nn.functional.cross_entropy(network(x)[0], y)
@@ -207,7 +210,9 @@ def test_state_dict_is_clarenas_and_its_checkpoints_load(rule, tmp_path):
     assert max(age.max() for age in ours.age.values()) == 20
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_copies_go_on_as_their_original(rule, how):
     model = make(rule)
@@ -218,7 +223,7 @@ def test_copies_go_on_as_their_original(rule, how):
                 self.taken, self.age = how(pl_module), pl_module.age
 
     taker = Copy()
-    model.setup_task_id(1, 2, partial(torch.optim.Adam, lr=1e-3), None)
+    model.setup_task_id(1, 2, ADAM, None)
     fit(model, 1, new=False, callbacks=[taker])
     # one that is taken amid a fit is as of that moment, and can itself be fitted
     torch.testing.assert_close(taker.taken.age, taker.age, rtol=0, atol=0)

@@ -27,7 +27,9 @@ def mnist(tmp_path_factory):
     for prefix, part in (("train", slice(0, 700)), ("t10k", slice(700, 1000))):
         x, y = images[part], labels[part]
         # idx: zero, zero, type (8: unsigned byte), number of axes, sizes
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, len(x), 8, 8) + x.tobytes())
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">BBBB3I", 0, 0, 8, 3, len(x), 8, 8) + x.tobytes()
+        )
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, len(y)) + y.tobytes())
     return root
 

@@ -128,7 +128,9 @@ def test_what_is_logged(tmp_path):
                 assert logged["continual_backprop/fc/dormant"] == pytest.approx(dead.item())
                 p = torch.linalg.svdvals(h.double())
                 p = p[p > 0] / p.sum()
-                assert logged["continual_backprop/fc/effective_rank"] == pytest.approx((-p * p.log()).sum().exp().item())
+                assert logged["continual_backprop/fc/effective_rank"] == pytest.approx(
+                    (-p * p.log()).sum().exp().item()
+                )
                 weights = torch.cat([p.flatten() for p in pl_module.parameters()])
                 assert logged["continual_backprop/weight_magnitude"] == pytest.approx(weights.abs().mean().item())
 
