@@ -3,7 +3,8 @@
 from .continual_backprop import ContinualBackprop
 from .modules import CBPConv, CBPLinear
 from .rules import Rule
-from .unit_groups import Part, UnitGroup, explain, find_unit_groups
+from .discovery import explain, find_unit_groups
+from .unit_groups import Part, UnitGroup
 
 __all__ = ["CBPConv", "CBPLinear", "ContinualBackprop", "Part", "Rule", "UnitGroup", "explain", "find_unit_groups"]
 

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from .engine import Engine, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
-from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, explain, find_unit_groups, resolve
+from .discovery import explain, find_unit_groups
+from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
 
 
 class _Recorder:

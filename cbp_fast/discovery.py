@@ -1,0 +1,552 @@
+"""Finds the hidden-unit groups of a model by running it once, and says what it left out and why."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .provenance import BASE, DATA, Nodes, Trace, scramble
+from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped, without_memory
+from .unit_groups import (
+    LAYERS,
+    NORMS,
+    Part,
+    ResolvedGroup,
+    UnitGroup,
+    kind,
+    label,
+    make_width,
+    norm_shape,
+    out_axis,
+    read_width,
+    resolve,
+)
+from .verification import verify_unit_group
+
+# rows of one layer that may make one unit together (a fused gate and up: 2)
+_MAX_ROWS = 8
+
+
+@dataclass
+class _Candidate:
+    """Units that the same layers make and read.
+
+    Attributes:
+        layers: names of the modules that make them, and how many units of each.
+        reason: why they make no unit group; empty if they do.
+        group: the unit group, if it can be written as one.
+        coupled: whether readers see different sums of them.
+        notes: what a user should know.
+    """
+
+    layers: list[tuple[str, str]]
+    reason: str = ""
+    group: UnitGroup | None = None
+    resolved: ResolvedGroup | None = None
+    coupled: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Found:
+    taken: list[_Candidate]
+    left_out: dict[str, str]
+    remarks: list[str]
+
+
+def find_unit_groups(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include_coupled: bool = False,
+    unreached_ok: bool = False,
+    ignore_outputs: str | Sequence[str] = (),
+    verify: bool = False,
+) -> list[UnitGroup]:
+    """Finds the hidden units of a model, grouped by the layers that make, normalise and read them.
+
+    The model runs once, in the mode it is in, and every element of every activation is followed: a unit is a row of a
+    weight, and its features are where it is seen at the columns of other weights. Units that share a column, and so
+    can be re-initialised only together, are one. What an operation without a rule touches is left out, as is all that
+    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, attributes, modes and random states stay
+    as they were, also if the forward raises; hooks of the user run.
+
+    Args:
+        model: the model; `torch.compile` and DistributedDataParallel are looked through.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a function of the
+            model that runs it (``lambda m: m(x, task=1)``); a list of those where one forward does not reach all heads
+            or branches. A small batch will do. Without them, for a forward of one tensor, ``[batch, features]``, images
+            and token sequences are tried on the shapes alone, and it must be plain which fits.
+        include_coupled: take groups too that several layers add into (a residual stream): all of these are
+            re-initialised, and all readers zeroed, together.
+        unreached_ok: trust that layers which the forwards did not reach read no unit of a group.
+        ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where activations
+            are kept (``"body.last"``), on which nothing is trained: units may reach them.
+        verify: check every group by :func:`verify_unit_group`, and leave out what fails; needs a model on real memory.
+
+    Returns:
+        The groups in the order of forward(), each called after the first layer that makes its units; may be empty.
+
+    Raises:
+        TypeError: if the model is no module.
+        ValueError: if the forward does not run on `example_inputs`, or without them, if none can be guessed.
+    """
+    found = _discover(model, example_inputs, include_coupled, unreached_ok, ignore_outputs, verify)
+    return [candidate.group for candidate in found.taken if candidate.group is not None]
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include_coupled: bool = False,
+    unreached_ok: bool = False,
+    ignore_outputs: str | Sequence[str] = (),
+    verify: bool = False,
+) -> str:
+    """Tables to print: the groups that :func:`find_unit_groups` finds, why other layers are left out, and notes."""
+    found = _discover(model, example_inputs, include_coupled, unreached_ok, ignore_outputs, verify)
+    rows = [("unit group", "units", "columns", "incoming", "outgoing", "norms")]
+    notes = [("note", "")]
+    for candidate in found.taken:
+        group = candidate.resolved
+        assert group is not None
+        parts = (", ".join(dict.fromkeys(m.name for m in part)) for part in (group.incoming, group.outgoing, group.norms))
+        incoming, outgoing, norms = parts
+        columns = str(group.num_units * group.columns_per_unit)
+        rows.append((group.name, str(group.num_units), columns, incoming, outgoing, norms or "-"))
+        notes += [(group.name, note) for note in candidate.notes]
+    notes += [("forward()", remark) for remark in found.remarks]
+    lines = _align(rows) if found.taken else ["no unit group found"]
+    if found.left_out:
+        lines += ["", *_align([("left out", "because"), *found.left_out.items()])]
+    if len(notes) > 1:
+        lines += ["", *_align(notes)]
+    return "\n".join(lines)
+
+
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _discover(
+    model: nn.Module,
+    example_inputs: Any,
+    include_coupled: bool,
+    unreached_ok: bool,
+    ignore_outputs: str | Sequence[str],
+    verify: bool,
+) -> _Found:
+    model = unwrapped(model)
+    ignored = (ignore_outputs,) if isinstance(ignore_outputs, str) else tuple(ignore_outputs)
+    if example_inputs is None:
+        trace, candidates, runs = _guess(model, ignored)
+    else:
+        runs = forwards(example_inputs)
+        try:
+            trace = _run(model, runs, ignored)
+        except Exception as error:  # the user's code may raise anything
+            raise ValueError(
+                f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
+            ) from error
+        candidates = _candidates(model, trace)
+    for candidate in candidates:
+        if not candidate.reason and not unreached_ok:
+            candidate.reason = _unreached(model, trace, candidate)
+        if not candidate.reason and candidate.coupled and not include_coupled:
+            candidate.reason = (
+                "several layers add into its units, and readers see different sums (a residual stream, or a shared "
+                "reader); include_coupled=True takes them together"
+            )
+        if not candidate.reason and verify:
+            assert candidate.group is not None
+            try:
+                verify_unit_group(model, candidate.group, runs)
+            except ValueError as error:
+                candidate.reason = str(error)
+    taken = [candidate for candidate in candidates if not candidate.reason]
+    remarks = [f"Python reads a value ({at}): only the path taken was seen" for at in trace.branches]
+    return _Found(taken, _left_out(model, trace, candidates), remarks)
+
+
+def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate], list[Forward]]:
+    """The trace and candidates for guessed inputs, on shapes alone; batches of two sizes must agree."""
+    for small, large in guesses(model):
+        try:
+            traces = [_run(model, [forward], ignored, shapes_only=True) for forward in (small, large)]
+        except Exception:  # noqa: S112, the user's code may raise anything where the guess is wrong
+            continue
+        candidates = [_candidates(model, trace) for trace in traces]
+        if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
+            return traces[0], candidates[0], [small]
+    raise ValueError(
+        f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small batch "
+        "that it runs on"
+    )
+
+
+def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...], shapes_only: bool = False) -> Trace:
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+    torch.clear_autocast_cache()
+    with contextlib.ExitStack() as stack:
+        left = stack.enter_context(untouched(model))
+        if shapes_only:
+            without_memory(model)
+        trace = Trace(model)
+        stack.callback(trace.restore)
+        for handle in trace.watch():
+            stack.callback(handle.remove)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for run in runs:
+            with trace:
+                output = run(model)
+            for path, tensor in tensors_in(output):
+                if not path.startswith(ignored or ("\0",)):
+                    trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
+    for attribute, value in left:
+        for path, tensor in tensors_in(value, attribute, objects=False):
+            if trace.is_made(tensor) and not path.startswith(ignored or ("\0",)):
+                trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
+    return trace
+
+
+# from a trace to groups
+
+
+class _Entries:
+    """Where each unit was made, read, normalised and passed on: one row for each place.
+
+    Attributes:
+        layers: role and layer that `layer` counts.
+        unit, layer, position: int64 [E].
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[str, Any]] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, role: str, key: Any, unit: Tensor, position: Tensor) -> None:
+        layer = torch.full_like(unit, len(self.layers))
+        self.layers.append((role, key))
+        self._rows.append(torch.stack([unit, layer, position]))
+
+    def tensor(self) -> Tensor:
+        return torch.cat([torch.zeros(3, 0, dtype=torch.int64, device="cpu"), *self._rows], 1)
+
+
+class _Facts:
+    """What the records of a trace say of every node: which units belong together, and what forbids them."""
+
+    def __init__(self, trace: Trace) -> None:
+        nodes = trace.nodes
+        n = nodes.size
+        self.entries = _Entries()
+        self.reasons = [reason for _, reason in trace.refused]
+        self.notes: dict[str, Tensor] = {}
+        never = len(self.reasons)
+        self.refusal = torch.full((n,), 2**31, device="cpu")
+        for i in reversed(range(never)):
+            self.refusal[nodes.units(trace.refused[i][0])] = i
+        for ids, note in trace.notes:
+            self._note(note, nodes.units(ids))
+        for i, source in enumerate(nodes.sources):
+            if source.axis is not None:
+                rows = torch.arange(source.count, device="cpu")
+                self.entries.add("make", (source.parameter, source.axis, i), source.first + rows, rows)
+
+        self.blame: dict[int, str] = {}
+        raw = torch.zeros(n, dtype=torch.bool, device="cpu")
+        edges: list[Tensor] = []
+        sums: list[Tensor] = []
+        members: dict[int, Tensor] = {}
+        # where a layer stands: in the order of the forward, makers first
+        for (role, key), pairs in trace.records.items():
+            pairs_ = torch.unique(torch.cat([p * BASE + i for p, i in pairs]))
+            place, ids = pairs_ // BASE, pairs_ % BASE
+            row, leaf = nodes.leaves(ids)
+            is_unit = (nodes.left[leaf] == 0) & (nodes.bare[leaf] > 0)
+            if role == "read":
+                self._mixes(nodes, leaf[nodes.left[leaf] < 0], leaf[is_unit], members)
+            at = place[row]
+            dirty = torch.zeros(int(place.max()) + 1 if len(place) else 1, dtype=torch.bool, device="cpu")
+            dirty[at[leaf == DATA]] = role == "read"
+            row, at, leaf = row[is_unit], at[is_unit], leaf[is_unit]
+            if not len(leaf):
+                continue
+            raw[leaf[dirty[at]]] = True
+            first = torch.full_like(dirty, BASE, dtype=torch.int64).scatter_reduce_(0, at, leaf, "amin")
+            edges.append(torch.stack([leaf, first[at]]))
+            total = torch.zeros(len(ids), dtype=torch.int64, device="cpu").index_add_(0, row, scramble(leaf))
+            one = torch.zeros_like(total).index_copy_(0, row, leaf)
+            sums.append(torch.stack([one, total])[:, total != 0])
+            self.entries.add(role, key, leaf, at)
+            # several units of one layer in one place
+            crowded = torch.unique(torch.stack([at, nodes.origin[leaf]]), dim=1, return_counts=True)
+            for spot in torch.unique(crowded[0][0][crowded[1] > 1]).tolist()[:1]:
+                name = key[0] if isinstance(key, tuple) else key
+                self.blame.setdefault(int(leaf[at == spot][0]), f"'{name}' takes several of its units for one")
+
+        self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
+        self.raw = torch.zeros_like(raw)
+        self.raw[self.root[raw]] = True
+        self.refusal = torch.full_like(self.refusal, 2**31).scatter_reduce_(0, self.root, self.refusal, "amin")
+        one, total = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *sums], 1)
+        zero, at = torch.zeros_like(self.root), self.root[one]
+        low, high = (zero.scatter_reduce(0, at, total, how, include_self=False) for how in ("amin", "amax"))
+        self.coupled = high != low
+
+    def _note(self, note: str, units: Tensor) -> None:
+        before = self.notes.get(note)
+        self.notes[note] = units if before is None else torch.cat([before, units])
+
+    def _mixes(self, nodes: Nodes, mixes: Tensor, direct: Tensor, members: dict[int, Tensor]) -> None:
+        """Units that reach a reader in a mix: it must read them directly too, and then the mix couples them."""
+        for mix in torch.unique(mixes).tolist():
+            if mix not in members:
+                members[mix] = nodes.units(torch.tensor([mix], device="cpu"))
+            units, why = members[mix], nodes.mixes[-1 - int(nodes.left[mix])][1]
+            seen = torch.isin(units, direct)
+            lost = units[~seen]
+            lost = lost[self.refusal[lost] == 2**31]
+            if len(lost):
+                self.refusal[lost] = len(self.reasons)
+                self.reasons.append(f"its features are mixed by {why}")
+            if seen.any():
+                self._note(f"{why} couples its units", units[seen])
+
+
+def _connect(n: int, edges: Tensor) -> Tensor:
+    """The smallest node that each of n nodes is connected to, by edges [2, E]."""
+    root = torch.arange(n, device="cpu")
+    a, b = edges
+    while True:
+        low = torch.minimum(root[a], root[b])
+        new = root.scatter_reduce(0, a, low, "amin").scatter_reduce(0, b, low, "amin")
+        new = torch.minimum(new, new[new])
+        if torch.equal(new, root):
+            return root
+        root = new
+
+
+def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
+    """Units that the same layers make and read, in the order of forward()."""
+    facts = _Facts(trace)
+    unit, layer, position = facts.entries.tensor()
+    if not len(unit):
+        return []
+    root = facts.root[unit]
+    rows = torch.unique(torch.stack([root, layer, position]), dim=1)
+    heads, index = torch.unique(rows[0], return_inverse=True)
+    status = facts.refusal[heads] * 4 + facts.raw[heads] * 2 + facts.coupled[heads]
+    signature = scramble(status + 1).index_add_(0, index, scramble(rows[1] + 2**40))
+    _, number = torch.unique(signature, return_inverse=True)
+    first = torch.full_like(number, BASE).scatter_reduce_(0, number, heads, "amin")
+    candidates = []
+    for which in torch.argsort(first[: int(number.max()) + 1]).tolist():
+        mine = rows[:, number[index] == which]
+        own = heads[number == which]
+        candidates.append(_candidate(model, trace, facts, own, mine))
+    return candidates
+
+
+def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, rows: Tensor) -> _Candidate:
+    """Layers and positions of the units `heads` [N], whose entries (unit, layer, position) are `rows` [3, E], sorted."""
+    n, head = len(heads), int(heads[0])
+    places: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
+    for i in torch.unique(rows[1]).tolist():
+        role, key = facts.entries.layers[i]
+        places[role].append((key, rows[2, rows[1] == i].reshape(n, -1)))
+    makes = sorted(places["make"], key=lambda place: place[0][2])
+    layers = [(trace.owners[key[0]][0], f"{int(at.min())}-{int(at.max())}") for key, at in makes + places["pass"]]
+    candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
+    candidate.notes = [note for note, ids in facts.notes.items() if bool(torch.isin(facts.root[ids], heads).any())]
+    touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))
+    refusal = int(facts.refusal[head])
+    reason = facts.reasons[refusal] if refusal < len(facts.reasons) else ""
+    candidate.reason = _forbidden(trace, places, touched)
+    if not candidate.reason and reason.startswith("part of"):
+        reason = ("its units are " if places["read"] else "it makes ") + (reason if places["read"] else reason[8:])
+    candidate.reason = candidate.reason or reason
+    if not candidate.reason and not places["read"]:
+        candidate.reason = "no layer reads it"
+    if not candidate.reason and max(at.shape[1] for _, at in makes) > _MAX_ROWS:
+        candidate.reason = next(
+            (text for node, text in facts.blame.items() if int(facts.root[node]) in heads.tolist()),
+            "its units cannot be told apart where they are read",
+        )
+    if not candidate.reason and facts.raw[head]:
+        candidate.reason = "its features are added to data that no unit makes, and share columns with it"
+    outside = [key[0] for key, _ in places["read"] if key[0] in trace.outside]
+    if not candidate.reason and outside:
+        owner = label(*trace.owners[outside[0]])
+        candidate.reason = (
+            f"'{outside[0]}' reads it, but not in a call of {owner}, so that its features cannot be observed there"
+        )
+    if not candidate.reason:
+        _write(model, trace, candidate, n, makes, places)
+    return candidate
+
+
+def _forbidden(trace: Trace, places: dict[str, list[tuple[Any, Tensor]]], touched: Sequence[str]) -> str:
+    """Why the weights of a candidate may not be changed, or an empty string."""
+    made = {key[0] for key, _ in places["make"]}
+    for name in touched:
+        roles = sorted(trace.roles[name])
+        if name in trace.tied:
+            return f"'{name}' is tied: it shares its memory with '{trace.tied[name]}'"
+        if len(roles) > 1:
+            return f"'{name}' is used in two ways: {', '.join(roles)}"
+        if name in made and any(key[0] == name for key, _ in places["read"]):
+            return f"'{name}' reads what it makes: it is applied more than once (recurrent, or shared)"
+        owner, module = trace.owners[name]
+        parameter = getattr(module, name.removeprefix(f"{owner}."))
+        if not parameter.requires_grad:
+            return f"'{name}' is frozen (requires_grad is False)"
+        if kind(module) == "Embedding" and (module.padding_idx is not None or module.max_norm is not None):
+            return f"{label(owner, module)} has padding_idx or max_norm, which a re-drawn unit would not keep"
+    return ""
+
+
+def _write(
+    model: nn.Module,
+    trace: Trace,
+    candidate: _Candidate,
+    n: int,
+    makes: Sequence[tuple[Any, Tensor]],
+    places: dict[str, list[tuple[Any, Tensor]]],
+) -> None:
+    """Writes a candidate as a `UnitGroup`, or why it cannot be."""
+    incoming: list[Part] = []
+    outgoing: list[Part] = []
+    norms: list[Part] = []
+    for parts, role, entries in (
+        (incoming, "make", makes),
+        (incoming, "pass", places["pass"]),
+        (outgoing, "read", places["read"]),
+        (norms, "norm", places["norm"]),
+    ):
+        for key, at in entries:
+            if role == "norm":
+                owner, module = key, trace.modules[key]
+                at = _norm_entries(module, at)
+            else:
+                owner, module = trace.owners[key[0]]
+                axis = key[1]
+                if key[0] != (f"{owner}.weight" if owner else "weight"):
+                    candidate.reason = f"'{key[0]}' is not the weight of one of {', '.join(LAYERS)}"
+                    return
+                if kind(module) in LAYERS and axis != (1 - out_axis(module) if role == "read" else out_axis(module)):
+                    candidate.reason = f"'{key[0]}' is not used as {label(owner, module)} would"
+                    return
+            fitted = _fit(at, role in ("make", "pass"))
+            if fitted is None:
+                verb = {"make": "makes", "pass": "passes on", "read": "reads", "norm": "normalises"}[role]
+                candidate.reason = f"'{owner}' {verb} its units in no regular order"
+                return
+            parts += [Part(owner, *block) for block in fitted]
+    first, at = makes[0]
+    name = trace.owners[first[0]][0]
+    if at.numel() != trace.nodes.sources[first[2]].count:
+        name = f"{name}:{int(at.min())}-{int(at.max())}"
+    group = UnitGroup(name, incoming, outgoing, norms, n)
+    try:
+        resolved = resolve(model, group)
+        short = resolved.unit_group()
+        candidate.group, candidate.resolved = group, resolved
+        with contextlib.suppress(TypeError, ValueError):
+            if replace(resolve(model, short)) == resolved:
+                candidate.group = short
+    except (TypeError, ValueError) as error:
+        candidate.reason = str(error).removeprefix(f"unit group '{name}': ")
+
+
+def _norm_entries(norm: nn.Module, at: Tensor) -> Tensor:
+    """Positions in a norm's flattened entries [N, r] as positions along its first axis."""
+    if kind(norm) not in NORMS:
+        return at
+    rest = torch.Size(norm_shape(norm)[1:]).numel()
+    whole = (at % rest == torch.arange(rest).repeat(at.shape[1] // rest)).all() if at.shape[1] % rest == 0 else False
+    return at[:, ::rest] // rest if whole else at
+
+
+def _fit(at: Tensor, split: bool) -> list[tuple[int, int, int, int]] | None:
+    """Positions [N, r] as parts (start, per_unit, unit_stride, position_stride); `split` allows several."""
+    n, r = at.shape
+    unit = int(at[1, 0] - at[0, 0]) if n > 1 else r
+    position = int(at[0, 1] - at[0, 0]) if r > 1 else 1
+    steps = torch.arange(n)[:, None] * unit + torch.arange(r) * position
+    affine = unit > 0 and bool((at == at[0, 0] + steps).all())
+    if affine and (not split or r == 1 or (unit, position) == (r, 1)):
+        return [(int(at[0, 0]), r, unit, position)]
+    if not split or r == 1:
+        return None
+    columns = [_fit(column[:, None], True) for column in at.unbind(1)]
+    return None if None in columns else [block for column in columns for block in column or ()]
+
+
+def _unreached(model: nn.Module, trace: Trace, candidate: _Candidate) -> str:
+    """A layer that no forward reached, and that may make or read the units of a group."""
+    group = candidate.resolved
+    assert group is not None
+    sizes = {group.num_units, group.num_units * group.columns_per_unit}
+    sizes |= {read_width(member.module) for member in group.outgoing}
+    for name, module in model.named_modules():
+        own = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None]
+        if own and not trace.seen.intersection(own) and sizes & set(_widths(module)):
+            return (
+                f"{label(name, module)} is not reached but has its width, and may share its units elsewhere: give "
+                "example_inputs that reach it too, or unreached_ok=True"
+            )
+    return ""
+
+
+def _widths(module: nn.Module) -> Iterator[int]:
+    """Sizes along which a module may touch units."""
+    if kind(module) in LAYERS:
+        yield make_width(module)
+        yield read_width(module)
+        return
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield from parameter.shape
+
+
+def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) -> dict[str, str]:
+    """By its label, why each layer makes no unit group, or which of its units do not."""
+    modules = dict(model.named_modules())
+    reasons: dict[str, dict[str, str]] = defaultdict(dict)
+    taken = {name for candidate in candidates if not candidate.reason for name, _ in candidate.layers}
+    for candidate in candidates:
+        for name, rows in candidate.layers if candidate.reason else ():
+            reasons[name].setdefault(candidate.reason, rows)
+    left: dict[str, str] = {}
+    for name, why in reasons.items():
+        parts = [f"units {rows}: {reason}" for reason, rows in why.items()]
+        left[label(name, modules[name])] = next(iter(why)) if len(why) == 1 and name not in taken else "; ".join(parts)
+    for name, module in modules.items():
+        if name in reasons or name in taken:
+            continue
+        weights = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
+        is_layer = isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
+        if not weights and not is_layer:
+            continue
+        used = [trace.used_by[w] for w in weights if w in trace.used_by]
+        if is_layer and "weight" not in module._parameters:
+            left[label(name, module)] = "its weight is computed (parametrized, pruned), not a parameter"
+        elif weights and not trace.seen.intersection(weights):
+            left[label(name, module)] = "forward() does not reach it"
+        elif used:
+            left[label(name, module)] = f"its weights go into {used[0]}, which makes no units"
+        else:
+            left[label(name, module)] = "its weight is read through a slice or a reshape"
+    return left

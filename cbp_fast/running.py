@@ -1,0 +1,169 @@
+"""Running a model to look at it: from example inputs or a guess at them, and so that nothing of it remains."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
+
+Forward = Callable[[nn.Module], Any]
+
+# sizes tried for images and signals, the usual ones first; the same up to 64 for token sequences
+_USUAL = (32, 28, 64, 224, 16, 8, 84, 96, 128, 48, 256, 112, 160, 192, 227, 299, 384, 80)
+_SIZES = (*_USUAL, *(n for n in range(2, 64) if n not in _USUAL), 1)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and DistributedDataParallel.
+
+    Raises:
+        TypeError: if it is no module.
+        ValueError: if it is a DataParallel, or has lazy layers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("DataParallel wraps the model: pass the model itself, model.module")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            break
+    for name, module in model.named_modules():
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(f"{label(name, module)} is lazy and has no weight yet: run the model once")
+    return model
+
+
+def forwards(example_inputs: Any) -> list[Forward]:
+    """Functions that run a model: one for each of the example inputs, which are a list where there are several."""
+    several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
+    return [inputs if _is_function(inputs) else _call(inputs) for inputs in several]
+
+
+def _is_function(inputs: Any) -> bool:
+    return callable(inputs) and not isinstance(inputs, (torch.Tensor, dict))
+
+
+def _call(inputs: Any) -> Forward:
+    if isinstance(inputs, dict):
+        return lambda model: model(**inputs)
+    return lambda model: model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
+    """Forwards on inputs that may fit, each in a batch of 2 and of 3, for a model whose forward needs one tensor."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(needed) != 1 and not (takes_any and not needed):
+        return
+    first = next((m for m in model.modules() if kind(m) in LAYERS), None)
+    if first is None:
+        return
+    weight = first.get_parameter("weight")
+    options: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+    if kind(first) == "Embedding":
+        options["dtype"] = torch.int64
+        shapes = [(size,) for size in _SIZES if size <= 64]
+    elif spatial_axes(first):
+        shapes = [(read_width(first), *(size,) * spatial_axes(first)) for size in _SIZES]
+    else:
+        shapes = [(read_width(first),)]
+    for shape in shapes:
+        yield _on_batch(2, shape, options), _on_batch(3, shape, options)
+
+
+def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Forward:
+    return lambda model: model(torch.zeros(batch, *shape, **options))
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Puts back what forward() may change beside tensors: attributes, containers among them, modes and random states.
+
+    Yields:
+        A list, filled at the end with the names and values of attributes that were set or grew meanwhile.
+    """
+    entries = [(name, module, vars(module)) for name, module in model.named_modules()]
+    held = [c for _, _, attributes in entries for c in (attributes, *attributes.values()) if _is_container(c)]
+    saved = [list(c.items() if isinstance(c, dict) else c) for c in held]
+    grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    left: list[tuple[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        try:
+            yield left
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+            own = vars(nn.Module())
+            for name, module, _ in entries:
+                for key, value in vars(module).items():
+                    if key not in own or key == "_buffers":
+                        left.append((f"{name}.{key}" if name else key, value))
+            left[:] = [(name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v) for name, v in left]
+            for container, content in zip(held, saved, strict=True):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+            for parameter, grad, requires_grad in grads:
+                parameter.grad = grad
+                parameter.requires_grad_(requires_grad)
+
+
+def without_memory(model: nn.Module) -> None:
+    """Puts parameters and buffers on the meta device; to be called under `untouched`, which takes them back."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in moved:
+                    copy = tensor.detach().to("meta")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                if tensor is not None:
+                    tensors[key] = moved[id(tensor)]
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
+def tensors_in(
+    value: Any, path: str = "", seen: set[int] | None = None, objects: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in what a model returns, in containers and in attributes of `objects`, with its path."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes, int, float)):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        children = [(f"{path}[{key!r}]", child) for key, child in value.items()]
+    elif isinstance(value, (list, tuple, set)):
+        children = [(f"{path}[{i}]", child) for i, child in enumerate(value)]
+    elif objects and hasattr(value, "__dict__") and not callable(value):
+        children = [(f"{path}.{key}", child) for key, child in vars(value).items()]
+    else:
+        return
+    for where, child in children:
+        yield from tensors_in(child, where, seen, objects)
