@@ -9,10 +9,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench test test-all gpu sanitize lint format clean FORCE
+.PHONY: help demo bench test test-all test-integrations gpu sanitize lint format clean FORCE
 
 help:
-	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | clean"
+	@echo "make demo | bench | test | test-all | test-integrations | gpu | sanitize | lint | format | clean"
 
 demo: .venv/built
 	$(BIN)/python -m cbp_fast demo $(ARGS)
@@ -27,6 +27,18 @@ test: .venv/built
 test-all: .venv/built
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 	$(MAKE) sanitize
+	$(MAKE) test-integrations
+
+# The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
+INTEGRATIONS := .venv-integrations/bin
+INTEGRATIONS_TORCH ?= torch==2.14.1 torchvision==0.29.1
+SMOKE := test_checkpoint.py test_continual_backprop.py test_golden.py test_modules.py test_parts.py
+test-integrations: .venv/built .venv-integrations/tools
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
 
 # one process: the tests share the device
 gpu: .venv/built
@@ -69,6 +81,12 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	@touch $@
+
+.venv-integrations/tools: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-integrations
+	$(INTEGRATIONS)/pip install --quiet "pip>=25.1"
+	$(INTEGRATIONS)/pip install --quiet $(INTEGRATIONS_TORCH) --group integrations
 	@touch $@
 
 .venv/built: .venv/tools setup.py $(CSRC)
