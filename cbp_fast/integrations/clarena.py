@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop, _check_clarena
+from ..discovery import explain, find_unit_groups
 from ..engine import Engine, step_together
 from ..rules import Rule
-from ..unit_groups import ResolvedGroup, UnitGroup, explain, find_unit_groups, resolve
+from ..unit_groups import ResolvedGroup, UnitGroup, resolve
 
 try:
     from clarena.cl_algorithms import CBP as _ClarenaCBP
@@ -70,6 +71,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     the heads: in TIL the head of the task decides what a unit is worth there, and a replaced unit is silent in all.
 
     The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch.
+
+    Units are followed through the backbone on `example_input_array` where that is set, else on a guessed input.
 
     The state outlives a task. It is in checkpoints, copies and pickles, not in the module's `state_dict`, and one
     without it loads. `replacement_rate`, `maturity_threshold` and `utility_decay_rate` may be changed between batches.
@@ -221,12 +224,14 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         """A group for each weighted layer, under clarena's name for it."""
         network = _Network(self.backbone, self.heads, self.task_id)
         names, backbone = self.backbone.weighted_layer_names, type(self.backbone).__name__
+        example = self.example_input_array
+        example = example.to(self.device) if isinstance(example, Tensor) else example
         try:
-            groups = find_unit_groups(network)
+            groups = find_unit_groups(network, example)
         except ValueError as error:
             raise ValueError(
                 f"rule {self.rule.name!r} follows units through {backbone}.forward(), and cannot for any of "
-                f"{', '.join(names)}: {error.__cause__ or error}"
+                f"{', '.join(names)}: {error}; set example_input_array of the CBP to a small batch if there is none"
             ) from error
         found: dict[str, UnitGroup] = {}
         shared = ""
@@ -241,7 +246,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         if unread:
             raise ValueError(
                 f"rule {self.rule.name!r} follows units through {backbone}.forward(), and cannot for "
-                f"{', '.join(unread)}:\n{shared}{explain(network)}"
+                f"{', '.join(unread)}:\n{shared}{explain(network, example)}"
             )
         return [found[name] for name in names]
 

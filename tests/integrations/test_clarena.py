@@ -313,21 +313,31 @@ class Shortcut(CLResNet18):
         return ResNet18.forward(self, input, stage)
 
 
-class Untraceable(CLBackbone):
+class Dependent(CLBackbone):
+    """Its path depends on the values of its input."""
+
     def __init__(self):
         super().__init__(10)
         self.fc, self.weighted_layer_names = nn.Linear(16, 10), ["fc"]
 
     def forward(self, input, stage=None, task_id=None):
-        return (self.fc(input) if input.sum() > 0 else self.fc(-input)), {}
+        x = self.fc(input if input.sum() > 0 else -input).relu()
+        return x, {"fc": x}
+
+
+def test_an_example_is_used_where_the_input_cannot_be_guessed():
+    model = CBP(Dependent(), HeadsTIL(10), 0.1, 5, 0.9)
+    model.example_input_array = torch.ones(2, 16)
+    fit(model, 1)
+    assert replaced(model) > 5
 
 
 @pytest.mark.parametrize(
     ("rule", "backbone", "message"),
     [
-        ("nature", lambda: Shortcut(1, 512), r"(?s)Shortcut.*conv2x/0/conv2.*add"),
-        ("nature", lambda: CLResNet18(1, 512), "CLResNet18.*conv1.*NoneType"),
-        ("nature", Untraceable, "Untraceable.*fc: .*control flow"),
+        ("nature", lambda: Shortcut(1, 512), r"(?s)Shortcut.*conv2x/0/conv2.*conv2x.0.conv2.*several layers add"),
+        ("nature", lambda: CLResNet18(1, 512), "CLResNet18.*conv1.*cannot be told"),
+        ("nature", Dependent, "Dependent.*fc: .*example_input_array"),
         ("clarena", lambda: Shortcut(1, 512), "linear layers only.*'conv1'"),
         ("clarena", lambda: CLMLP(16, [20, 30], 10), "'backbone.fc.0' has 16 inputs and group 'fc/1' has 30 units"),
     ],
