@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .engine import Engine, step_together
+from .discovery import NeedsInputs, explain, find_unit_groups
+from .engine import Engine, check_hyper, check_options, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
-from .discovery import explain, find_unit_groups
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
 
 
@@ -60,6 +62,63 @@ class _Later:
         return _Later, ()
 
 
+class _Place(NamedTuple):
+    """A module among the children of another."""
+
+    children: dict[str, nn.Module | None]
+    key: str
+    name: str
+    module: nn.Module
+
+
+class _FirstForward(_Later):
+    """Forward pre-hook of the model that finds its groups; copies and pickles do nothing."""
+
+    def __init__(self, cbp: ContinualBackprop) -> None:
+        super().__init__()
+        self.cbp = cbp
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # type: ignore[override]
+        if module.training and torch.is_grad_enabled() and not is_compiling():
+            self.cbp._attach_in_forward(args, kwargs)
+
+
+class _Awaited:
+    """Stands for the engine until a training forward shows which groups there are."""
+
+    backend = "not chosen before the first training forward"
+    has_data = False
+    held_bytes = 0
+
+    def __init__(self, hyper: dict[str, float], capture: str) -> None:
+        check_hyper(hyper)
+        self.hyper = hyper
+        self.capture = capture
+        self.enabled = True
+        self.kept: Mapping[str, Any] | None = None
+        nothing = torch.zeros(0)
+        self.state = SimpleNamespace(layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing)
+
+    def set_hyper(self, **values: float) -> None:
+        check_hyper(values)
+        self.hyper.update(values)
+
+    def to(self, device: torch.device) -> None:
+        """Nothing is anywhere yet."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.kept is None:
+            raise RuntimeError(
+                "the unit groups are found in the first training forward, so there is no state yet; with "
+                "example_inputs they are found when attaching"
+            )
+        return dict(self.kept)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.kept = state_dict
+        self.set_hyper(**{key: state_dict[key] for key in self.hyper})
+
+
 class ContinualBackprop:
     """Continual backpropagation (Dohare et al., Nature 632, 2024) for a model that keeps training.
 
@@ -77,7 +136,8 @@ class ContinualBackprop:
         maturity_threshold: steps for which a new unit is protected.
         decay_rate: of the running utility, in [0, 1).
         groups: the unit groups, instead of discovery.
-        example_inputs: for discovery in models whose shapes are not visible in their code.
+        example_inputs: a small batch to run the model on, to find its groups; as of `find_unit_groups`. Without it one
+            is guessed, and where that cannot be done the groups are found in the first training forward.
         include, exclude: patterns (`fnmatch`) of group names to take, or to leave out.
         backend: "cpp", "reference", or None for the fastest on the model's device.
         capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
@@ -133,14 +193,21 @@ class ContinualBackprop:
         self._given = (groups, example_inputs)
         self._patterns = (include, exclude)
         self._backend, self._seed = backend, seed
+        self._engine: Engine
+        self.groups: list[UnitGroup] = []
+        self._places: list[_Place] = []
         self._hooks: list[RemovableHandle] = []
-        self._attach(
-            self._resolve(),
-            replacement_rate=replacement_rate,
-            maturity_threshold=maturity_threshold,
-            decay_rate=decay_rate,
-            capture=capture,
-        )
+        hyper = {
+            "replacement_rate": replacement_rate,
+            "maturity_threshold": maturity_threshold,
+            "decay_rate": decay_rate,
+        }
+        check_options(capture, seed)
+        try:
+            self._attach(self._resolve(), **hyper, capture=capture)
+        except NeedsInputs:
+            self._engine = cast(Engine, _Awaited(hyper, capture))
+            self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
         self._waiting, self._stepped = set(range(len(self._optimizers))), False
         self._heard = False
@@ -171,6 +238,26 @@ class ContinualBackprop:
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
         ]
+
+    def _attach_in_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the groups by what a training forward is given, and observe it already."""
+        awaited, (hook,), given = cast(_Awaited, self._engine), self._hooks, self._given
+        hook.remove()
+        self._given = (None, lambda model: model(*args, **kwargs))
+        try:
+            self._attach(self._resolve(), **awaited.hyper, capture=awaited.capture)
+            self._engine.enabled = awaited.enabled
+            if awaited.kept is not None:
+                self._engine.load_state_dict(awaited.kept)
+        except BaseException:
+            # the next forward tries again
+            for handle in self._hooks:
+                handle.remove()
+            self._engine, self.groups, self._places = cast(Engine, awaited), [], []
+            self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
+            raise
+        finally:
+            self._given = given
 
     def refresh(self, *, groups: UnitGroup | Sequence[UnitGroup] | None = None, example_inputs: Any = None) -> None:
         """Follow a model that was changed: a head was added, a layer replaced.
@@ -222,9 +309,12 @@ class ContinualBackprop:
             if not self._engine.has_data:
                 warnings.warn(
                     "no training forward of the model was seen before the first step of continual backprop, which "
-                    "changes nothing; if the model is compiled, attach before its first compiled call",
+                    "changes nothing; if the model is compiled, attach before its first compiled call, with "
+                    "example_inputs",
                     stacklevel=2,
                 )
+        if isinstance(self._engine, _Awaited):
+            return
         step_together([self._engine], self._optimizers)
 
     def _check_attached(self) -> None:
@@ -356,10 +446,14 @@ class ContinualBackprop:
             if layout.columns_per_unit > 1:
                 outgoing += f" ({layout.columns_per_unit} columns a unit)"
             rows.append((group.name, str(layout.num_units), incoming, norms or "-", outgoing))
+        hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
+        held = f" holding {engine.held_bytes} bytes" if engine.held_bytes else ""
+        capture = f"capture={engine.capture}{held}"
+        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, {capture})"
+        if isinstance(engine, _Awaited):
+            rows = [("the unit groups are found in the first training forward",)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
-        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, capture={engine.capture})"
         removed = "" if self._hooks else " removed"
         return "\n  ".join([head + removed, *(line.rstrip() for line in table)])
 
@@ -468,11 +562,9 @@ def _check_not_compiled(model: nn.Module) -> None:
         raise ValueError("the model is compiled already and would not call new hooks; attach first, then compile")
 
 
-def _places(
-    model: nn.Module, groups: Sequence[ResolvedGroup]
-) -> list[tuple[dict[str, nn.Module | None], str, str, nn.Module]]:
+def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:
     """Where every layer of the groups, and every module that holds one, hangs in the model."""
-    places: dict[str, tuple[dict[str, nn.Module | None], str, str, nn.Module]] = {}
+    places: dict[str, _Place] = {}
     for group in groups:
         for member in (*group.incoming, *group.norms, *group.outgoing):
             parent, path = model, ""
@@ -480,7 +572,7 @@ def _places(
                 path = f"{path}.{key}" if path else key
                 child = parent._modules[key]
                 assert child is not None
-                places[path] = (parent._modules, key, path, child)
+                places[path] = _Place(parent._modules, key, path, child)
                 parent = child
     return list(places.values())
 

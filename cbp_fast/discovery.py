@@ -29,6 +29,10 @@ from .unit_groups import (
 )
 from .verification import verify_unit_group
 
+class NeedsInputs(ValueError):
+    """The model's forward cannot be run on a guessed input."""
+
+
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
 
@@ -186,7 +190,7 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
         candidates = [_candidates(model, trace) for trace in traces]
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
             return traces[0], candidates[0], [small]
-    raise ValueError(
+    raise NeedsInputs(
         f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small batch "
         "that it runs on"
     )

@@ -33,6 +33,8 @@ class Engine:
         layer: the layer that it works for, for messages; empty for an attached object.
     """
 
+    _held_bytes: int
+
     def __init__(
         self,
         rule: Rule,
@@ -46,11 +48,8 @@ class Engine:
         seed: int | None,
         layer: str = "",
     ) -> None:
-        if capture not in _HELD_BYTES:
-            raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
+        check_options(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
         device = _one_device(groups)
         self._wanted = backend
         self.layer = layer
@@ -81,16 +80,7 @@ class Engine:
 
     def set_hyper(self, **values: float) -> None:
         """Set replacement_rate, maturity_threshold or decay_rate; all are checked before any is set."""
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} is {value!r}, must be a number")
-            if name == "maturity_threshold":
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
-            elif not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
-            if name == "decay_rate" and value == 1:
-                raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+        check_hyper(values)
         self._hyper.update(values)
         self.state.set_hyper(**self._hyper)
 
@@ -106,10 +96,7 @@ class Engine:
 
     def forget_forwards(self) -> None:
         """Drop what forwards since the last step have left."""
-        self._held: list[Tensor] = []
-        self._slots: list[int] = []
-        self._versions: list[int] = []
-        self._held_bytes = 0
+        self.finish()
         self.state.forget_forwards()
 
     def record(self, slot: int, h: Tensor) -> None:
@@ -190,7 +177,10 @@ class Engine:
 
     def finish(self) -> None:
         """End a step: what the forwards left has been used."""
-        self._held, self._slots, self._versions, self._held_bytes = [], [], [], 0
+        self._held: list[Tensor] = []
+        self._slots: list[int] = []
+        self._versions: list[int] = []
+        self._held_bytes = 0
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
         """Slots and activations held, less those that were changed in place since."""
@@ -323,6 +313,28 @@ class Engine:
         return tensor
 
 
+def check_options(capture: str, seed: int | None) -> None:
+    """Raises ValueError for a capture or a seed that is none."""
+    if capture not in _HELD_BYTES:
+        raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
+    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
+
+
+def check_hyper(values: Mapping[str, float]) -> None:
+    """Raises TypeError or ValueError for a replacement_rate, maturity_threshold or decay_rate that is none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}, must be a number")
+        if name == "maturity_threshold":
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
+        elif not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
+        if name == "decay_rate" and value == 1:
+            raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+
+
 def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
     """One step of several engines: all choose, then what they chose is re-initialised in order; all of it or nothing.
 
@@ -338,7 +350,7 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
                 due.append(engine)
         # what can be wrong is found here, before the first weight is written
         collected = [engine.collect(optimizers) for engine in due]
-    except Exception:
+    except BaseException:
         for engine in selected:
             engine.restore()
         raise

@@ -242,6 +242,72 @@ def test_a_compiled_model_is_refused():
             ContinualBackprop(model)
 
 
+class TwoInputs(nn.Module):
+    """Its forward takes what cannot be guessed."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, scale):
+        return self.out((self.hidden(x) * scale).relu())
+
+
+def test_without_inputs_groups_are_found_in_the_first_training_forward(backend, everything):
+    """From there on it is as if attached with example_inputs."""
+    results = []
+    for example_inputs in (None, (torch.randn(2, 6), 2.0)):
+        torch.manual_seed(0)
+        model = TwoInputs()
+        optimizer = momentum(model)
+        cbp = ContinualBackprop(model, optimizer, example_inputs=example_inputs, backend=backend, **EAGER)
+        if example_inputs is None:
+            assert (cbp.groups, cbp.utility, cbp.num_replaced) == ([], {}, {})
+            assert "found in the first training forward" in repr(cbp)
+            with torch.no_grad():
+                model(torch.randn(2, 6), 1.0)
+            assert cbp.groups == []
+        stream = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6, generator=stream), scale=2.0).sum().backward()
+            optimizer.step()
+        assert cbp.groups == [UnitGroup("hidden", ("hidden",), ("out",))]
+        results.append(everything(model, optimizer, cbp))
+        cbp.remove()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    assert results[0] == results[1]
+
+
+def test_a_state_loaded_before_the_first_forward_is_gone_on_from(backend):
+    model = TwoInputs()
+    attached = ContinualBackprop(model, example_inputs=(torch.randn(2, 6), 2.0), backend=backend, seed=11)
+    model(torch.randn(4, 6), 1.0)
+    attached.step()
+    attached.remove()
+    state = attached.state_dict()
+    cbp = ContinualBackprop(model, backend=backend)
+    with pytest.raises(RuntimeError, match="no state yet"):
+        cbp.state_dict()
+    cbp.load_state_dict(state)
+    model(torch.randn(4, 6), 1.0)
+    assert cbp.state_dict()["step"] == 1
+    same(cbp.utility["hidden"], state["groups"]["hidden"]["utility"])
+
+
+def test_a_first_forward_without_groups_says_why():
+    class Sum(TwoInputs):
+        def forward(self, x, scale):
+            return self.hidden(x) * scale
+
+    model = Sum()
+    ContinualBackprop(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the model has no unit group to work on"):
+            model(torch.randn(2, 6), 1.0)
+    assert not any(module._forward_pre_hooks for module in model.children())
+
+
 def test_a_replaced_layer_is_named_and_refresh_follows_it(attached, everything):
     model, _, cbp, stream = attached
     before = everything(cbp)

@@ -70,7 +70,8 @@ class ContinualBackpropCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at what the readers see in this batch, if it is time for metrics."""
-        if self.cbp is None or not self._every or trainer.global_step < self._next:
+        # without an example input the groups are found in the first forward
+        if self.cbp is None or not self.cbp.groups or not self._every or trainer.global_step < self._next:
             return
         self._next = trainer.global_step + self._every
         state = self.cbp._engine.state
@@ -100,7 +101,7 @@ class ContinualBackpropCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of continual backprop, for a checkpoint."""
-        return self._kept if self.cbp is None else self.cbp.state_dict()
+        return self.cbp.state_dict() if self.cbp is not None and self.cbp.groups else self._kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint, which is there before the fit starts or after."""

@@ -163,6 +163,25 @@ def test_the_network_may_be_a_part_and_other_optimizers_are_not_waited_for():
     assert {int(group["age"].max()) for group in callback.state_dict()["groups"].values()} == {20}
 
 
+def test_groups_may_be_found_in_the_first_forward(tmp_path):
+    class Chosen(Module):
+        """What it takes cannot be told from its layers."""
+
+        def forward(self, x, scale):
+            return scale * super().forward(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0], 1.0), batch[1])
+
+    callback = ContinualBackpropCallback(**EAGER)
+    trainer = fit(Chosen(), callback)
+    assert sum(replaced(callback).values()) > 2
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = ContinualBackpropCallback(**EAGER)
+    fit(Chosen(), again, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert max(group["age"].max() for group in again.state_dict()["groups"].values()) == 40
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="metrics_every_n_steps is -1"):
         ContinualBackpropCallback(metrics_every_n_steps=-1)
