@@ -99,6 +99,10 @@ class ContinualBackpropCallback(Callback):
         """Take all hooks off; the state stays."""
         self._detach()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take all hooks off; the state stays."""
+        self._detach()
+
     def state_dict(self) -> dict[str, Any]:
         """The state of continual backprop, for a checkpoint."""
         return self.cbp.state_dict() if self.cbp is not None and self.cbp.groups else self._kept
