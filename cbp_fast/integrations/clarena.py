@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop, _check_clarena
@@ -26,7 +27,7 @@ except ModuleNotFoundError as error:
 _KEY = "continual_backprop"  # in a checkpoint
 
 
-@functools.cache
+@cache
 def _say_rule() -> None:
     rank_zero_info(
         "cbp_fast: continual backprop by the rule 'nature' (Dohare et al., Nature 632, 2024), not by clarena's own "
@@ -66,9 +67,10 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     """`clarena.cl_algorithms.CBP` with the fused kernels; in a config only `_target_` changes.
 
     The default rule is `nature`, continual backpropagation as published, because clarena 1.1.0's own stops with an
-    AttributeError at its first replacement. It observes what each layer's reader sees (after activation, norm and
-    dropout), steps after each step of the optimizer, and resets the optimizer's state. The last hidden layer is read by
-    the heads: in TIL the head of the task decides what a unit is worth there, and a replaced unit is silent in all.
+    AttributeError at its first replacement; that is logged once. It observes what each layer's reader sees (after
+    activation, norm and dropout), steps after each step of the optimizer, and resets the optimizer's state. The last
+    hidden layer is read by the heads: in TIL the head of the task decides what a unit is worth there, and a replaced
+    unit is silent in all.
 
     The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch.
 
@@ -94,8 +96,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
             the backbone (a residual network's shortcuts), or a number is out of range.
     """
 
-    contribution_utility = _OfLayers("utility", Tensor.float)
-    age = _OfLayers("age", Tensor.float)
+    contribution_utility = _OfLayers("utility", partial(torch.asarray, dtype=torch.float32, copy=True))
+    age = _OfLayers("age", partial(torch.asarray, dtype=torch.float32, copy=True))
     num_replacements = _OfLayers("pending", float)
 
     def __init__(
