@@ -9,10 +9,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench test test-all gpu sanitize lint format wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench test test-all test-integrations gpu sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
-	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | wheel | check-wheel | old-cpu | clean"
+	@echo "make demo | bench | test | test-all | test-integrations | gpu | sanitize | lint | format"
+	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
 	$(BIN)/python -m cbp_fast demo $(ARGS)
@@ -27,6 +28,17 @@ test: .venv/built
 test-all: .venv/built
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 	$(MAKE) sanitize
+	$(MAKE) test-integrations
+
+# The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
+INTEGRATIONS := .venv-integrations/bin
+SMOKE := test_checkpoint.py test_golden.py test_modules.py
+test-integrations: .venv/built .venv-integrations/tools
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
 
 # one process: the tests share the device
 gpu: .venv/built
@@ -92,6 +104,12 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	@touch $@
+
+.venv-integrations/tools: pyproject.toml
+	$(PYTHON) -m venv .venv-integrations
+	$(INTEGRATIONS)/pip install --quiet "pip>=25.1"
+	$(INTEGRATIONS)/pip install --quiet --group integrations
 	@touch $@
 
 .venv/built: .venv/tools setup.py $(CSRC)

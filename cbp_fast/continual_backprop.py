@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +19,7 @@ from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
 from .dtensors import is_dtensor
 from .engine import Engine, check_hyper, check_options, step_together
-from .optimizer_state import skipped
+from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
 
@@ -371,7 +370,7 @@ class ContinualBackprop(Joinable):
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
-        if not _inside_step(self._optimizers):
+        if not inside_step():
             for handle in self._optimizer_hooks:
                 handle.remove()
             return
@@ -618,14 +617,3 @@ def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[Resolved
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
                     "trains the model, made from its present parameters, or exclude= the group"
                 )
-
-
-def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
-    """Whether the caller runs in a hook of one of the optimizers."""
-    where = sys.modules[Optimizer.__module__].__file__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == where and frame.f_locals.get("self") in optimizers:
-            return True
-        frame = frame.f_back
-    return False

@@ -33,6 +33,7 @@ class Engine:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
             them in the forward; "auto" defers while little is held.
         processes: those that train the model together, if they are several.
+        layer: the layer that it works for, for messages; empty for an attached object.
     """
 
     _held_bytes: int
@@ -49,11 +50,13 @@ class Engine:
         capture: str,
         seed: int | None,
         processes: Processes | None = None,
+        layer: str = "",
     ) -> None:
         check_options(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
         device = _one_device(groups)
         self._wanted = backend
+        self.layer = layer
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
@@ -309,13 +312,15 @@ class Engine:
             self._checked(ref)
 
     def _checked(self, ref: TensorRef) -> Tensor:
-        tensor = ref.get()
+        tensor, of = ref.get(), f"{self.layer}: " if self.layer else ""
+        again = "make the layer anew" if self.layer else "detach with remove() and attach again"
         if tensor is None:
-            raise RuntimeError(f"{ref.name} is no longer there; detach with remove() and attach again")
+            raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
         if tensor.device != self.state.buffer.device:
+            move = "model.to" if self.layer else "cbp.to"
             raise RuntimeError(
-                f"{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
-                f"call cbp.to({str(tensor.device)!r}) after moving the model"
+                f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on "
+                f"{self.state.buffer.device}; call {move}({str(tensor.device)!r}) after moving the model"
             )
         if is_dtensor(tensor) != ref.place.is_dtensor:
             raise RuntimeError(
@@ -325,8 +330,8 @@ class Engine:
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:
                 raise RuntimeError(
-                    f"{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was attached; "
-                    "detach with remove() and attach again"
+                    f"{of}{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was "
+                    f"attached; {again}"
                 )
         return tensor
 
