@@ -86,8 +86,8 @@ def find_unit_groups(
         include_coupled: take groups too that several layers add into (a residual stream): all of these are
             re-initialised, and all readers zeroed, together.
         unreached_ok: trust that layers which the forwards did not reach read no unit of a group.
-        ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where activations
-            are kept (``"body.last"``), on which nothing is trained: units may reach them.
+        ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where
+            activations are kept (``"body.last"``), on which nothing is trained: units may reach them.
         verify: check every group by :func:`verify_unit_group`, and leave out what fails; needs a model on real memory.
 
     Returns:
@@ -189,8 +189,8 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
             return traces[0], candidates[0], [small]
     raise ValueError(
-        f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small batch "
-        "that it runs on"
+        f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small "
+        "batch that it runs on"
     )
 
 
@@ -272,7 +272,6 @@ class _Facts:
                 rows = torch.arange(source.count, device="cpu")
                 self.entries.add("make", (source.parameter, source.axis, i), source.first + rows, rows)
 
-        self.blame: dict[int, str] = {}
         raw = torch.zeros(n, dtype=torch.bool, device="cpu")
         edges: list[Tensor] = []
         sums: list[Tensor] = []
@@ -298,11 +297,7 @@ class _Facts:
             one = torch.zeros_like(total).index_copy_(0, row, leaf)
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
-            # several units of one layer in one place
-            makers, counts = torch.unique(at * BASE + nodes.origin[leaf], return_counts=True)
-            for spot in (makers[counts > 1] // BASE).tolist()[:1]:
-                name = key[0] if isinstance(key, tuple) else key
-                self.blame.setdefault(int(leaf[at == spot][0]), f"'{name}' takes several of its units for one")
+            self._crowded(nodes, key, row, at, leaf)
 
         self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
         self.raw = torch.zeros_like(raw)
@@ -312,6 +307,18 @@ class _Facts:
         zero, at = torch.zeros_like(self.root), self.root[one]
         low, high = (zero.scatter_reduce(0, at, total, how, include_self=False) for how in ("amin", "amax"))
         self.coupled = high != low
+
+    def _crowded(self, nodes: Nodes, key: Any, row: Tensor, at: Tensor, unit: Tensor) -> None:
+        """Refuses units of one layer that share a place without being joined: at different positions, or in a mix."""
+        source = nodes.origin[unit]
+        _, index, here = torch.unique(row * BASE + source, return_inverse=True, return_counts=True)
+        pairs = torch.unique(torch.stack([at * BASE + source, unit]), dim=1)
+        spots, counts = torch.unique(pairs[0], return_counts=True)
+        there = counts[torch.searchsorted(spots, at * BASE + source)]
+        crowd = unit[here[index] < there]
+        if len(crowd):
+            self.refusal[crowd] = self.refusal[crowd].clamp(max=len(self.reasons))
+            self.reasons.append(f"'{key[0] if isinstance(key, tuple) else key}' takes several of its units for one")
 
     def _note(self, note: str, units: Tensor) -> None:
         before = self.notes.get(note)
@@ -368,7 +375,7 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
 
 
 def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, rows: Tensor) -> _Candidate:
-    """Layers and positions of the units `heads` [N], whose entries (unit, layer, position) are `rows` [3, E], sorted."""
+    """Units `heads` [N] with their sorted entries `rows` [3, E]: unit, layer, position."""
     n, head = len(heads), int(heads[0])
     places: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
     for i in torch.unique(rows[1]).tolist():
@@ -388,10 +395,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     if not candidate.reason and not places["read"]:
         candidate.reason = "no layer reads it"
     if not candidate.reason and max(at.shape[1] for _, at in makes) > _MAX_ROWS:
-        candidate.reason = next(
-            (text for node, text in facts.blame.items() if int(facts.root[node]) in heads.tolist()),
-            "its units cannot be told apart where they are read",
-        )
+        candidate.reason = "its units cannot be told apart where they are read"
     if not candidate.reason and facts.raw[head]:
         candidate.reason = "its features are added to data that no unit makes, and share columns with it"
     outside = [key[0] for key, _ in places["read"] if key[0] in trace.outside]

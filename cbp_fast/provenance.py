@@ -1,12 +1,13 @@
 """Which units each element of an activation is made of, followed through one forward by a TorchDispatchMode.
 
-Every storage that the forward writes owns one id per element, so that views, chunks, permutations and in-place operations
-need no rule. An id is a node: a constant (0), data that no unit makes (1), one unit, the join of two nodes (an
-element-wise operation), or the mix of many (a sum over features).
+Every storage that the forward writes owns one id per element, so that views, chunks, permutations and in-place
+operations need no rule. An id is a node: a constant (0), data that no unit makes (1), one unit, the join of two nodes
+(an element-wise operation), or the mix of many (a sum over features).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -29,9 +31,14 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 # f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
 _PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
-_MOVES = ["cat", "stack", "index", "index_select", "gather", "repeat", "flip", "roll", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col", "unfold_backward", "tril", "triu", "index_put", "slice_scatter", "select_scatter", "take_along_dim"]
-_REDUCTIONS = (
-    ["mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all"]
+# operations that only move elements, or reduce them along axes
+_MOVES = frozenset(
+    """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col tril
+    triu index_put slice_scatter select_scatter take_along_dim""".split()
+)
+_REDUCTIONS = frozenset(
+    "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all".split()
 )
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
@@ -85,9 +92,6 @@ class Nodes:
 
     Attributes:
         sources: what the ids of units and of parameters' entries stand for.
-        left, right: int64, children of a join; left is 0 for a unit, and -1 - i for the mix i.
-        bare: int64, the node without data and parameters.
-        origin: int64, number of the source, or a hash of the children's; equal origins are not joined but mixed.
         mixes: ids that each mix is made of, and the operation that mixed them.
     """
 
@@ -102,18 +106,22 @@ class Nodes:
 
     @property
     def left(self) -> Tensor:
+        """First child of a join; 0 for a unit, and -1 - i for the mix i; int64."""
         return self._table[0]
 
     @property
     def right(self) -> Tensor:
+        """Second child of a join, int64."""
         return self._table[1]
 
     @property
     def bare(self) -> Tensor:
+        """The node without data and parameters, int64."""
         return self._table[2]
 
     @property
     def origin(self) -> Tensor:
+        """Number of the source, or a hash of the children's, int64; equal ones are not joined but mixed."""
         return self._table[3]
 
     def _add(self, count: int) -> slice:
@@ -179,7 +187,7 @@ class Nodes:
         return joined.expand(shape)
 
     def merge(self, ids: Tensor, why: str) -> Tensor:
-        """The union over the last axis: [..., K] -> [...]. Several units of one source are mixed, by the operation `why`."""
+        """The union over the last axis: [..., K] -> [...]. Units of one source are mixed, by the operation `why`."""
         (ids,), shape = _narrow(ids)
         if not ids.numel():
             return ids.new_zeros(()).expand(shape[:-1])
@@ -212,7 +220,7 @@ class Nodes:
         return out
 
     def leaves(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which units, entries of parameters, data and mixes each of `ids` [n] is made of: indices into it, and nodes."""
+        """Units, entries of parameters, data and mixes that `ids` [n] are made of: indices into it, and nodes."""
         row, node = torch.arange(len(ids), device="cpu"), ids
         rows, nodes = [], []
         while len(node):
@@ -258,8 +266,8 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         nodes: what ids mean.
-        records: by role ("read", "norm" or "pass", for a depthwise convolution) and layer (parameter and axis, or name of a
-            norm): pairs of positions along that axis and ids seen there.
+        records: by role ("read", "norm" or "pass", for a depthwise convolution) and layer (parameter and axis, or name
+            of a norm): pairs of positions along that axis and ids seen there.
         roles: what each weight is used for; a second role forbids it.
         refused: ids and why their units are refused, in the order of the forward.
         notes: ids and what is said of their units.
@@ -297,7 +305,7 @@ class Trace(TorchDispatchMode):
         self._shadows: dict[int, _Shadow] = {}
         self._made: set[int] = set()
         self._kept: list[Tensor] = []
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._saved: dict[int, tuple[Tensor, Tensor, Any]] = {}
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
         self.modules = dict(model.named_modules())
@@ -327,8 +335,8 @@ class Trace(TorchDispatchMode):
     def restore(self) -> None:
         """Puts back every tensor that was changed but not made under this mode."""
         with torch.no_grad():
-            for tensor, before in self._saved.values():
-                with torch.autograd._unsafe_preserve_version_counter(tensor):
+            for tensor, before, version in self._saved.values():
+                with version:
                     tensor.copy_(before)
 
     def refuse(self, ids: Tensor | None, reason: str) -> None:
@@ -368,7 +376,10 @@ class Trace(TorchDispatchMode):
                 if tensor.device.type != "meta":
                     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
                     whole = whole.as_strided((elements,), (1,), 0)
-                self._saved.setdefault(storage_key(tensor), (whole, whole.clone()))
+                version = (
+                    contextlib.nullcontext() if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
+                )
+                self._saved.setdefault(storage_key(tensor), (whole, whole.clone(), version))
 
     # ids of tensors
 
@@ -810,7 +821,7 @@ class Trace(TorchDispatchMode):
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
-    """The axis of a parameter along which it reads, for its view `weight` [..., K, N] in x @ weight; None for a part of it."""
+    """The axis along which a parameter reads, by its view `weight` [..., K, N] in x @ weight; None for a part of it."""
     while weight.dim() > 2 and (weight.shape[0] == 1 or weight.stride(0) == 0):
         weight = weight[0]
     if weight.dim() > 2 or weight.numel() != parameter.numel() or parameter.shape[:2].numel() != parameter.numel():

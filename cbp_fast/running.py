@@ -147,17 +147,16 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 @contextlib.contextmanager
 def restored(model: nn.Module, saved: Sequence[torch.Tensor] | None = None) -> Iterator[None]:
-    """Puts back parameters and buffers, in memory (their values are `saved`, or as now), and all that `untouched` does."""
+    """Puts back the values of parameters and buffers (as now, or `saved`), and all that `untouched` does."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors] if saved is None else saved
-    with untouched(model):
+    with untouched(model), torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
-                    with torch.autograd._unsafe_preserve_version_counter(tensor):
-                        tensor.copy_(value)
+                    tensor.copy_(value)
 
 
 def _is_container(value: Any) -> bool:

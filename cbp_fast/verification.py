@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def verify_unit_group(model: nn.Module, group: UnitGroup, example_inputs: Any) -
 
     For every other unit of the group, on weights with some noise added (so that no zero hides anything):
 
-    - A: with their columns at zero, random rows, biases and norm entries do not move the output: nothing else reads them.
+    - A: with their columns at zero, random rows, biases and norm entries do not move the output: nothing else reads
+      them.
     - B: with rows and biases at zero and norm entries at their defaults, their columns see the same whatever the input:
       nothing else is read there.
 
@@ -118,7 +120,7 @@ def _indices(member: Member, units: Tensor) -> Tensor:
 
 
 def _made(group: ResolvedGroup, units: Tensor) -> Iterator[tuple[Tensor, Tensor, float | None]]:
-    """(tensor with its units along the first axis, indices, default of a norm) of all that makes or normalises units."""
+    """(tensor with units along the first axis, indices, default of a norm) of all that makes or normalises units."""
     for member in group.incoming:
         weight, bias = member.module.get_parameter("weight"), getattr(member.module, "bias", None)
         index = _indices(member, units).to(weight.device)
@@ -155,7 +157,7 @@ def _outputs(model: nn.Module, runs: Sequence[Forward]) -> list[Tensor]:
 def _features(
     model: nn.Module, group: ResolvedGroup, units: Tensor, runs: Sequence[Forward], vary: bool
 ) -> list[Tensor]:
-    """What the columns of the units see, on the given inputs or on other ones: least and greatest value of each place."""
+    """What the columns of the units see, on the given inputs or on other ones: least and greatest values."""
     seen: list[Tensor] = []
     depth = [0]
 
@@ -165,7 +167,7 @@ def _features(
             return None
         return torch.utils._pytree.tree_map(_varied, (args, kwargs))
 
-    def observe(member: Member, args: Any, kwargs: Any) -> None:
+    def observe(member: Member, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
         x = x.movedim(x.dim() - 1 - spatial_axes(member.module), -1)
         seen.append(x[..., _indices(member, units).to(x.device)])
@@ -175,8 +177,7 @@ def _features(
         handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: depth.__setitem__(0, depth[0] - 1), always_call=True))
     for member in group.outgoing:
-        hook = (lambda member: lambda module, args, kwargs: observe(member, args, kwargs))(member)
-        handles.append(member.module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(member.module.register_forward_pre_hook(functools.partial(observe, member), with_kwargs=True))
     try:
         _outputs(model, runs)
     finally:
