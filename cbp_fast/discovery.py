@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .provenance import BASE, DATA, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, tensors_in, untouched, unwrapped
+from .running import Forward, forwards, guesses, storage_key, tensors_in, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -215,7 +215,7 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                     trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
     for attribute, value in left:
         for path, tensor in tensors_in(value, attribute, objects=False):
-            if trace.is_made(tensor) and not path.startswith(ignored or ("\0",)):
+            if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
                 trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
     return trace
 
@@ -269,7 +269,7 @@ class _Facts:
             self._note(note, nodes.units(ids))
         for i, source in enumerate(nodes.sources):
             if source.axis is not None:
-                rows = torch.arange(source.count, device="cpu")
+                rows = torch.arange(source.size, device="cpu")
                 self.entries.add("make", (source.parameter, source.axis, i), source.first + rows, rows)
 
         raw = torch.zeros(n, dtype=torch.bool, device="cpu")
@@ -468,7 +468,7 @@ def _write(
             parts += [Part(owner, *block) for block in fitted]
     first, at = makes[0]
     name = trace.owners[first[0]][0]
-    if at.numel() != trace.nodes.sources[first[2]].count:
+    if at.numel() != trace.nodes.sources[first[2]].size:
         name = f"{name}:{int(at.min())}-{int(at.max())}"
     group = UnitGroup(name, incoming, outgoing, norms, n)
     try:

@@ -7,19 +7,18 @@ operations need no rule. An id is a node: a constant (0), data that no unit make
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .running import Preserving, storage_key
 from .unit_groups import NORMS, kind, label
 
 DATA = 1
@@ -32,24 +31,16 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 _PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
 # operations that only move elements, or reduce them along axes
-_MOVES = frozenset(
-    """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col tril
-    triu index_put slice_scatter select_scatter take_along_dim""".split()
-)
-_REDUCTIONS = frozenset(
-    "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all".split()
-)
+_MOVING = """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle
+    channel_shuffle reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d im2col tril triu index_put slice_scatter select_scatter take_along_dim"""
+_REDUCING = "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all"
+_MOVES, _REDUCTIONS = frozenset(_MOVING.split()), frozenset(_REDUCING.split())
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Identifies the memory of a tensor, which its views share."""
-    return tensor.untyped_storage()._cdata
 
 
 def scramble(ids: Tensor) -> Tensor:
@@ -84,7 +75,7 @@ class Source(NamedTuple):
     parameter: str
     axis: int | None
     first: int
-    count: int
+    size: int
 
 
 class Nodes:
@@ -171,7 +162,7 @@ class Nodes:
             less = (self.bare[left] != left) | (self.bare[right] != right)
             if less.any():
                 bare = self.join(self.bare[left[less]], self.bare[right[less]])
-                self.bare[ids[fresh][less]] = bare
+                self.bare[ids[fresh][less]] = cast(Tensor, bare)
         return ids
 
     def product(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -208,7 +199,7 @@ class Nodes:
         apart = ~((origins[:, 1:] == origins[:, :-1]) & (origins[:, 1:] != 0)).any(-1)
         out, joined = rows[:, 0].clone(), rows[apart, 0]
         for column in rows[apart].unbind(-1)[1:]:
-            joined = self.join(joined, column)  # type: ignore[assignment]
+            joined = cast(Tensor, self.join(joined, column))
         out[apart] = joined
         for i in (~apart).nonzero()[:, 0].tolist():
             if keys[i] not in self._mix_of:
@@ -261,7 +252,7 @@ class _Shadow(NamedTuple):
     itemsize: int
 
 
-class Trace(TorchDispatchMode):
+class Trace(Preserving):
     """Follows units through all that runs under it.
 
     Attributes:
@@ -280,14 +271,6 @@ class Trace(TorchDispatchMode):
         tied: parameters that share their memory, and with which.
     """
 
-    # they are followed as operations without a rule
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # it would import the compiler
-        return False
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.nodes = Nodes()
@@ -303,9 +286,7 @@ class Trace(TorchDispatchMode):
         self.tied: dict[str, str] = {}
         self._parameters: dict[int, tuple[str, Tensor]] = {}
         self._shadows: dict[int, _Shadow] = {}
-        self._made: set[int] = set()
         self._kept: list[Tensor] = []
-        self._saved: dict[int, tuple[Tensor, Tensor, Any]] = {}
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
         self.modules = dict(model.named_modules())
@@ -328,17 +309,6 @@ class Trace(TorchDispatchMode):
             handles.append(module.register_forward_hook(leave, always_call=True))
         return handles
 
-    def is_made(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in memory that was written first under this mode."""
-        return storage_key(tensor) in self._made
-
-    def restore(self) -> None:
-        """Puts back every tensor that was changed but not made under this mode."""
-        with torch.no_grad():
-            for tensor, before, version in self._saved.values():
-                with version:
-                    tensor.copy_(before)
-
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
         if ids is not None:
@@ -349,37 +319,15 @@ class Trace(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         plain = isinstance(func, torch._ops.OpOverload)
         name = func._overloadpacket.__name__ if plain else str(func)
-        if not plain or func._schema.is_mutable or "batch_norm" in name:
-            with _disable_current_modes():
-                self._save(func, args, kwargs, tensors)
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if torch._C._current_graph_task_id() != -1:
             # gradients are no activations
-            self._made.update(storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
             return out
         with _disable_current_modes():
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{name} in {at}"
             self._follow(func, name.rstrip("_"), args, kwargs, tensors, out)
         return out
-
-    def _save(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
-        """Remembers what an operation is about to change, unless it was made under this mode."""
-        written = tensors
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            values = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
-            marked = zip(func._schema.arguments, values, strict=False)
-            written = tree_leaves([v for a, v in marked if a.alias_info is not None and a.alias_info.is_write])
-        for tensor in written:
-            if isinstance(tensor, Tensor) and storage_key(tensor) not in self._made and tensor.numel():
-                whole = tensor.detach()
-                if tensor.device.type != "meta":
-                    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                    whole = whole.as_strided((elements,), (1,), 0)
-                version = (
-                    contextlib.nullcontext() if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
-                )
-                self._saved.setdefault(storage_key(tensor), (whole, whole.clone(), version))
 
     # ids of tensors
 
@@ -390,7 +338,7 @@ class Trace(TorchDispatchMode):
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
         if shadow is None:
-            return None if key in self._made else self._outer(key, tensor)
+            return None if key in self.made else self._outer(key, tensor)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
@@ -427,7 +375,7 @@ class Trace(TorchDispatchMode):
     def put(self, tensor: Tensor, ids: Tensor | None) -> None:
         """Writes the ids of a tensor's elements."""
         key = storage_key(tensor)
-        if key in self._parameters or (key not in self._made and ids is not None):
+        if key in self._parameters or (key not in self.made and ids is not None):
             name = f"'{self._parameters[key][0]}'" if key in self._parameters else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
@@ -490,7 +438,6 @@ class Trace(TorchDispatchMode):
             and op != "lift_fresh"
         ):
             return
-        self._made.update(storage_key(t) for t in outs if storage_key(t) not in keys or op == "lift_fresh")
         if outs and not any(t.numel() for t in outs):
             # an expert without tokens has not been reached
             return
@@ -520,11 +467,11 @@ class Trace(TorchDispatchMode):
             ids = [self.ids(t) for t in tensors]
             draws = op in _DRAWS and plain and func._schema.is_mutable
             if all(i is None for i in ids) or ((draws or _FRESH.match(op)) and len(tensors) == 1):
-                result, made = None, outs
+                result, with_ids = None, 0
             else:
-                result, made = self._rule(func, op, args, kwargs, tensors, ids, outs)
-            for t in outs:
-                self.put(t, result if any(t is m for m in made) else None)
+                result, with_ids = self._rule(func, op, args, kwargs, tensors, ids, outs)
+            for i, t in enumerate(outs):
+                self.put(t, result if i < with_ids else None)
 
     def _use(self, op: str, parameters: Iterable[tuple[str, Tensor] | None]) -> None:
         """Weights that enter an operation other than those which make or read units have another role."""
@@ -535,48 +482,48 @@ class Trace(TorchDispatchMode):
 
     def _rule(
         self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Any
-    ) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """The ids of what an operation returns, and which of its results have them; the others are constants."""
+    ) -> tuple[Tensor | None, int]:
+        """The ids of what an operation returns, and how many of its results have them; the others are constants."""
         live = [i for i in ids if i is not None]
         tags = func.tags if isinstance(func, torch._ops.OpOverload) else ()
         spatial = _SPATIAL.search(op)
         x = ids[0] if ids and tensors and args and args[0] is tensors[0] else None
         if any(kind in op for kind in _ATTENTION):
-            return self._attention(args, outs[0]), outs[:1]
+            return self._attention(args, outs[0]), 1
         if spatial and x is not None and x.dim() > int(spatial[1]):
             n = int(spatial[1])
             merged = self.nodes.merge(x.flatten(-n), self._why)
             for other in ids[1:]:
                 self.refuse(other, f"{self._why} takes it for coordinates")
-            return merged.reshape(merged.shape + (1,) * n), outs
+            return merged.reshape(merged.shape + (1,) * n), len(outs)
         if op == "clone" or (op == "_to_copy" and outs[0].shape == tensors[0].shape):
-            return ids[0], outs
+            return ids[0], 1
         if op in _MOVES:
             return self._move(func, op, args, kwargs, tensors, live, outs)
         if op in ("index_add", "scatter_add"):
-            return self._add_at(args, ids), outs
+            return self._add_at(args, ids), 1
         if op == "glu" and x is not None:
             first, second = x.chunk(2, args[1] if len(args) > 1 else -1)
-            return self.nodes.join(first, second), outs
+            return self.nodes.join(first, second), 1
         if op in _REDUCTIONS and x is not None and len(live) == 1:
-            return self._reduce(func, args, kwargs, x), outs
+            return self._reduce(func, args, kwargs, x), len(outs)
         if op in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum") and x is not None:
             merged = self.nodes.merge(x.movedim(args[1], -1), self._why)
             if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
                 self.refuse(x, f"its features are mixed by {self._why}")
-            return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), outs
+            return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), 1
         if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[self._why] = None
             # a condition; a number would come back unseen
             if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
-                return None, outs
+                return None, 0
         elif torch.Tag.pointwise in tags or op in _POINTWISE:
-            return self._pointwise(op, tensors, ids, outs), outs[:1]
+            return self._pointwise(op, tensors, ids, outs), 1
         for i in live:
             self.refuse(i, f"{self._why} has no rule")
         computed = [self.parameter(t) is not None or i is None for t, i in zip(tensors, ids, strict=True)]
         # of parameters alone: still no data
-        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), outs
+        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), len(outs)
 
     def _pointwise(
         self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]
@@ -654,10 +601,10 @@ class Trace(TorchDispatchMode):
                 return
             self._read(name, axis, ids, -1)
             self.roles[name].add("matrix product" if axis == 1 else "matrix product with its transpose")
-            result: Tensor | None = self.nodes.source(name, 1 - axis, weight.shape[-1])
+            made = self.nodes.source(name, 1 - axis, weight.shape[-1])
             if op in ("addmm", "baddbmm"):
-                result = self.nodes.join(result, self._bias(args[0], result))
-            self.put(out, result if result is None else result.expand(out.shape))
+                made = cast(Tensor, self.nodes.join(made, self._bias(args[0], made)))
+            self.put(out, made.expand(out.shape))
             return
         a, b = self.ids(first), self.ids(second)
         for own, other in ((a, b), (b, a)):
@@ -717,7 +664,7 @@ class Trace(TorchDispatchMode):
         self._read(name, int(not transposed), ids, 1)
         made = self.nodes.source(name, int(transposed), out.shape[1])
         if bias is not None:
-            made = self.nodes.join(made, self._bias(bias, made))  # type: ignore[assignment]
+            made = cast(Tensor, self.nodes.join(made, self._bias(bias, made)))
         self.put(out, made.reshape(-1, *spread).expand(out.shape))
 
     def _norm(self, op: str, args: Any) -> Tensor | None:
@@ -747,8 +694,8 @@ class Trace(TorchDispatchMode):
             return
         source = self.nodes.sources[int(self.nodes.origin[scale.reshape(-1)[0]])]
         channels = columns.movedim(1, 0)
-        for first in range(0, len(channels), source.count):
-            self._record("norm", self.owners[source.parameter][0], channels[first : first + source.count], 0)
+        for first in range(0, len(channels), source.size):
+            self._record("norm", self.owners[source.parameter][0], channels[first : first + source.size], 0)
 
     def _attention(self, args: Any, out: Tensor) -> Tensor | None:
         query, key, value = (self.ids(t) for t in args[:3])
@@ -764,7 +711,7 @@ class Trace(TorchDispatchMode):
 
     def _move(
         self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], live: Sequence[Tensor], outs: Any
-    ) -> tuple[Tensor | None, Sequence[Tensor]]:
+    ) -> tuple[Tensor | None, int]:
         """An operation that only moves elements is carried out on their ids."""
         if op in ("cat", "stack"):
             moved = set(map(id, args[0]))
@@ -781,7 +728,7 @@ class Trace(TorchDispatchMode):
         if accumulates or any(t.device.type == "meta" for t in tensors if id(t) not in moved):
             for i in live:
                 self.refuse(i, f"{self._why} has no rule")
-            return torch.tensor(DATA, device="cpu"), outs
+            return torch.tensor(DATA, device="cpu"), len(outs)
 
         def ids_of(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -797,7 +744,7 @@ class Trace(TorchDispatchMode):
         args, kwargs = tree_map(ids_of, (args, kwargs))
         if func._schema.is_mutable:
             args = (args[0].clone(), *args[1:])
-        return func(*args, **kwargs).long(), outs[:1]
+        return func(*args, **kwargs).long(), 1
 
     def _add_at(self, args: Any, ids: list[Tensor | None]) -> Tensor | None:
         """index_add and scatter_add: every place may receive what any row of the source holds."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .running import Forward, forwards, restored, tensors_in, untouched, unwrapped
+from .running import Forward, Preserving, forwards, restored, tensors_in, untouched, unwrapped
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
 
@@ -66,8 +66,9 @@ def _failure(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward]) ->
                 _fill(tensor, (index,), value if value is None or default is None else default, generator)
 
         with restored(model):
-            plain, moved = _outputs(model, runs), (rows(None), _outputs(model, runs))[1]
-            if not _differ(plain, moved):
+            before = _outputs(model, runs)
+            rows(None)
+            if not _differ(before, _outputs(model, runs)):
                 return "the output does not depend on its units, so that the check shows nothing"
         with restored(model):
             columns(0.0)
@@ -92,8 +93,9 @@ class _Uncoupled(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in ("layer_norm", "group_norm", "rms_norm") or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
-        x, _, weight, bias = (*args[:4], *(None,) * (4 - len(args)))
-        weight, bias = kwargs.get("weight", weight), kwargs.get("bias", bias if name != "rms_norm" else None)
+        x = args[0]
+        weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+        bias = kwargs.get("bias", args[3] if len(args) > 3 and name != "rms_norm" else None)
         if name == "group_norm":
             weight, bias = (t if t is None else t.reshape(-1, *(1,) * (x.dim() - 2)) for t in (weight, bias))
         x = x if weight is None else x * weight
@@ -149,8 +151,12 @@ def _outputs(model: nn.Module, runs: Sequence[Forward]) -> list[Tensor]:
     tensors = []
     for run in runs:
         torch.manual_seed(0)
-        with untouched(model):
-            tensors += [t.detach().clone() for _, t in tensors_in(run(model)) if t.is_floating_point()]
+        with untouched(model), Preserving() as changes:
+            try:
+                output = run(model)
+            finally:
+                changes.restore()
+            tensors += [t.detach().clone() for _, t in tensors_in(output) if t.is_floating_point()]
     return tensors
 
 
