@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .provenance import BASE, DATA, Nodes, Trace, scramble
+from .provenance import BASE, DATA, Exits, Nodes, Trace, scramble
 from .running import Forward, forwards, guesses, storage_key, tensors_in, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
@@ -31,6 +32,9 @@ from .verification import verify_unit_group
 
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
+_IRREGULAR = " in no regular order"
+# forwards to take for one that chooses its path at random
+_REPEATS = 8
 
 
 @dataclass
@@ -174,7 +178,7 @@ def _discover(
             except ValueError as error:
                 candidate.reason = str(error)
     taken = [candidate for candidate in candidates if not candidate.reason]
-    remarks = [f"Python reads a value ({at}): only the path taken was seen" for at in trace.branches]
+    remarks = [f"the path depends on {at}: only what was taken was seen" for at in trace.branches]
     return _Found(taken, _left_out(model, trace, candidates), remarks)
 
 
@@ -207,8 +211,8 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
         stack.enter_context(torch.enable_grad())
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for run in runs:
-            with trace:
+        for run in _repeated(runs, trace):
+            with trace, Exits(trace):
                 output = run(model)
             for path, tensor in tensors_in(output):
                 if not path.startswith(ignored or ("\0",)):
@@ -218,6 +222,21 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
             if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
                 trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
     return trace
+
+
+def _repeated(runs: Sequence[Forward], trace: Trace) -> Iterator[Forward]:
+    """Every forward, and again from other random states if its path may depend on them."""
+    for run in runs:
+        for seed in range(_REPEATS):
+            python, own = random.getstate(), torch.get_rng_state()
+            yield run
+            drawn = random.getstate() != python
+            if drawn:
+                trace.branches["random numbers of Python"] = None
+            if not drawn and (not trace.branches or torch.equal(torch.get_rng_state(), own)):
+                break
+            random.seed(seed)
+            torch.manual_seed(seed)
 
 
 # from a trace to groups
@@ -370,8 +389,24 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     for which in torch.argsort(first[: int(number.max()) + 1]).tolist():
         mine = rows[:, number[index] == which]
         own = heads[number == which]
-        candidates.append(_candidate(model, trace, facts, own, mine))
+        whole = _candidate(model, trace, facts, own, mine)
+        parts = []
+        if whole.reason.endswith(_IRREGULAR):
+            # heads of a grouped-query attention are regular by themselves
+            cuts = _runs(mine[2].reshape(len(own), -1))
+            rows_of = [mine[:, torch.isin(mine[0], run)] for run in own.tensor_split(cuts)]
+            parts = [
+                _candidate(model, trace, facts, *pair) for pair in zip(own.tensor_split(cuts), rows_of, strict=True)
+            ]
+        candidates += [whole] if not parts or any(part.reason for part in parts) else parts
     return candidates
+
+
+def _runs(positions: Tensor) -> list[int]:
+    """Where the positions [N, E] of units, one after the other, make another step than the usual one."""
+    steps = positions.diff(dim=0)
+    cuts = (steps != steps.mode(0).values).any(1).nonzero()[:, 0] + 1
+    return cuts.tolist() if 2 * len(cuts) < len(positions) else []
 
 
 def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, rows: Tensor) -> _Candidate:
@@ -463,7 +498,7 @@ def _write(
             fitted = _fit(at, role in ("make", "pass"))
             if fitted is None:
                 verb = {"make": "makes", "pass": "passes on", "read": "reads", "norm": "normalises"}[role]
-                candidate.reason = f"'{owner}' {verb} its units in no regular order"
+                candidate.reason = f"'{owner}' {verb} its units{_IRREGULAR}"
                 return
             parts += [Part(owner, *block) for block in fitted]
     first, at = makes[0]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -24,7 +25,8 @@ from .unit_groups import NORMS, kind, label
 DATA = 1
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 
-_MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+_SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
+_MATMULS = ("mm", "bmm", *_SUMMING)
 _NORM_OPS = ("batch_norm", "native_layer_norm", "native_group_norm", "_fused_rms_norm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 # f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
@@ -39,6 +41,7 @@ _MOVES, _REDUCTIONS = frozenset(_MOVING.split()), frozenset(_REDUCING.split())
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
+_HIDDEN = "what was made by code that cannot be followed"
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
 
@@ -245,6 +248,20 @@ def _distinct(rows: Tensor) -> Tensor:
     return rows[:, : int((rows > 0).sum(-1).max())]
 
 
+class Exits(TorchFunctionMode):
+    """Refuses the units of tensors that leave for Python or NumPy whole."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"):
+            self.trace.refuse(self.trace.ids(args[0]), f"{name}() takes its values out of the model's operations")
+        return func(*args, **(kwargs or {}))
+
+
 class _Shadow(NamedTuple):
     storage: Any  # held, so that its address is not used again
     ids: Tensor  # [period]: element i of the storage has ids[i % period]
@@ -335,8 +352,17 @@ class Trace(Preserving):
         """What the elements of a tensor are made of, int64 of its shape; None for constants."""
         if not tensor.numel():
             return None
+        if tensor.layout != torch.strided:
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
+        if shadow is None and key in self.made and tensor.grad_fn is not None:
+            # made by a kernel that is called past the dispatcher, of whatever there was
+            for source in self.nodes.sources[1:]:
+                self.refuse(
+                    self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}"
+                )
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None:
             return None if key in self.made else self._outer(key, tensor)
         if shadow.itemsize != tensor.element_size():
@@ -374,6 +400,8 @@ class Trace(Preserving):
 
     def put(self, tensor: Tensor, ids: Tensor | None) -> None:
         """Writes the ids of a tensor's elements."""
+        if tensor.layout != torch.strided:
+            return
         key = storage_key(tensor)
         if key in self._parameters or (key not in self.made and ids is not None):
             name = f"'{self._parameters[key][0]}'" if key in self._parameters else "a tensor"
@@ -464,6 +492,8 @@ class Trace(Preserving):
             self.put(outs[0], self._norm(op, args))
         else:
             self._use(op, parameters)
+            if op in _TO_PYTHON or op in _DATA_SIZED:
+                self.branches[f"a value read by Python ({self._why})"] = None
             ids = [self.ids(t) for t in tensors]
             draws = op in _DRAWS and plain and func._schema.is_mutable
             if all(i is None for i in ids) or ((draws or _FRESH.match(op)) and len(tensors) == 1):
@@ -512,12 +542,10 @@ class Trace(Preserving):
             if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
                 self.refuse(x, f"its features are mixed by {self._why}")
             return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), 1
-        if op in _TO_PYTHON or op in _DATA_SIZED:
-            self.branches[self._why] = None
+        if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
             # a condition; a number would come back unseen
-            if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
-                return None, 0
-        elif torch.Tag.pointwise in tags or op in _POINTWISE:
+            return None, 0
+        if torch.Tag.pointwise in tags or op in _POINTWISE:
             return self._pointwise(op, tensors, ids, outs), 1
         for i in live:
             self.refuse(i, f"{self._why} has no rule")
@@ -579,7 +607,7 @@ class Trace(Preserving):
             self.notes.append((ids, f"'{name}' goes into its units and is left as it is"))
 
     def _matmul(self, op: str, args: Any, out: Tensor) -> None:
-        first, second = args[1:3] if op in ("addmm", "baddbmm") else args[:2]
+        first, second = args[1:3] if op in _SUMMING else args[:2]
         entries = self.parameter(first), self.parameter(second)
         weights = [e if e and e[1].dim() > 1 else None for e in entries]
         if all(weights):
@@ -602,7 +630,7 @@ class Trace(Preserving):
             self._read(name, axis, ids, -1)
             self.roles[name].add("matrix product" if axis == 1 else "matrix product with its transpose")
             made = self.nodes.source(name, 1 - axis, weight.shape[-1])
-            if op in ("addmm", "baddbmm"):
+            if op in _SUMMING:
                 made = cast(Tensor, self.nodes.join(made, self._bias(args[0], made)))
             self.put(out, made.expand(out.shape))
             return
@@ -621,7 +649,7 @@ class Trace(Preserving):
             None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
         )
         result = self.nodes.product(rows, columns)
-        if op in ("addmm", "baddbmm"):
+        if op in _SUMMING:
             added = self.ids(args[0])
             result = self.nodes.join(result, None if added is None else added.expand(out.shape))
         self.put(out, result)

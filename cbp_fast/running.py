@@ -109,7 +109,8 @@ def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Fo
 
 def storage_key(tensor: Tensor) -> int:
     """Identifies the memory of a tensor, which its views share."""
-    return tensor.untyped_storage()._cdata
+    # sparse ones have none
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
 
 
 class Preserving(TorchDispatchMode):

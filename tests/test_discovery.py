@@ -1,6 +1,7 @@
 """Discovery: what is found, what is left out and why, and that rows, norm entries and columns belong to each other."""
 
 import copy
+import ctypes
 import random
 import time
 
@@ -270,6 +271,8 @@ ZOO = {
         lambda: networks.Llama(depth=1),
         TOKENS,
         """blocks.0.gate: blocks.0.gate blocks.0.up -> blocks.0.down
+        blocks.0.v:0-3: blocks.0.v -> blocks.0.o
+        blocks.0.v:4-7: blocks.0.v[4] -> blocks.0.o[8]
         * tokens: tokens blocks.0.o blocks.0.down -> blocks.0.q blocks.0.k blocks.0.v blocks.0.gate blocks.0.up head""",
     ),
     "encoder layer": (
@@ -389,7 +392,7 @@ REASONS = {
     ("vit", "blocks.0.attention.qkv"): "units 0-7: its features are mixed by ",
     ("gpt", "tokens"): "'tokens.weight' is tied: it shares its memory with 'head.weight'",
     ("gpt", "head"): "'head.weight' is tied: it shares its memory with 'tokens.weight'",
-    ("llama", "blocks.0.v"): "'blocks.0.o' reads its units in no regular order",
+    ("llama", "blocks.0.q"): "its features are mixed by bmm in 'blocks.0' (LlamaBlock)",
     ("encoder layer", "0"): "'1.self_attn.in_proj_weight' is not the weight of one of Linear, ",
     (
         "encoder layer",
@@ -535,6 +538,20 @@ def embedding(**options):
     return nn.Sequential(nn.Embedding(7, 6, **options), nn.Linear(6, 3))
 
 
+class Hidden(torch.autograd.Function):
+    """A sum over features by a kernel that PyTorch does not see, as of an extension."""
+
+    @staticmethod
+    def forward(ctx, h):
+        out = torch.empty(len(h), 1)
+        ctypes.memmove(out.untyped_storage().data_ptr(), h.untyped_storage().data_ptr(), 4 * len(h))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(-1, 6)
+
+
 INDICES = torch.tensor([[1, 2], [3, 4]])
 MIXED = "its features are mixed by {}"
 COMPUTED = "multiplies it by a weight that is computed, not a parameter"
@@ -585,6 +602,24 @@ REFUSED = {
         FLAT,
         "fc1",
         "_local_scalar_dense in the model has no rule",
+    ),
+    "numpy": (
+        lambda: branches(lambda h: torch.from_numpy(h.detach().numpy()).sum(-1, keepdim=True)),
+        FLAT,
+        "fc1",
+        "numpy() takes its values out of the model's operations",
+    ),
+    "list": (
+        lambda: branches(lambda h: max(h.detach().tolist()[0])),
+        FLAT,
+        "fc1",
+        "tolist() takes its values out of the model's operations",
+    ),
+    "kernel past the dispatcher": (
+        lambda: branches(lambda h: Hidden.apply(h).sin()),
+        FLAT,
+        "fc1",
+        "sin in the model takes what was made by code that cannot be followed",
     ),
     "read as bytes": (
         lambda: functional_mlp(lambda m, h: (h.view(torch.int16) + 0).view(torch.float32)),
@@ -731,6 +766,32 @@ def test_refusal_says_why(name):
     assert layer not in [group.name for group in find_unit_groups(model, x)], text
     (line,) = [line for line in text.splitlines() if line.startswith(f"'{layer}' (")]
     assert reason in line
+
+
+def test_path_chosen_at_random_is_taken_both_ways():
+    def by_python(m, x):
+        h = m.a(x)
+        return m.c(m.b(h) if random.random() < 0.5 else h)
+
+    def by_torch(m, x):
+        h = m.a(x)
+        return m.c(m.b(h) if torch.rand(()) < 0.5 else h)
+
+    for function in (by_python, by_torch):
+        for seed in range(5):
+            random.seed(seed)
+            torch.manual_seed(seed)
+            model = Net(function, a=nn.Linear(5, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3))
+            assert find_unit_groups(model, ROWS) == []
+            assert "only what was taken was seen" in explain(model, ROWS)
+
+
+def test_sparse_matrices_are_data():
+    graph = torch.eye(4).to_sparse()
+    model = functional_mlp(lambda m, h: torch.sparse.mm(graph, h).relu())
+    assert as_rows(find_unit_groups(model, ROWS)) == FC
+    model = functional_mlp(lambda m, h: torch.sparse.mm(h.to_sparse(), torch.eye(6)))
+    assert find_unit_groups(model, ROWS) == []
 
 
 def test_options_that_take_what_is_refused():
@@ -1000,7 +1061,8 @@ def test_notes_of_a_group():
         "note",
         "fc1        'scale' goes into its units and is left as it is",
         "fc1        'norm' (LayerNorm) couples its units",
-        "forward()  Python reads a value (_local_scalar_dense in the model): only the path taken was seen",
+        "forward()  the path depends on a value read by Python (_local_scalar_dense in the model): "
+        "only what was taken was seen",
     ]
     assert explain(nn.Sequential(nn.ReLU()), ROWS) == "no unit group found"
 
@@ -1099,6 +1161,8 @@ def test_groups_of_transformers():
     layer = "model.layers.0"
     stream = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     assert lines(groups) == {
+        f"{layer}.self_attn.v_proj:0-3: {layer}.self_attn.v_proj -> {layer}.self_attn.o_proj",
+        f"{layer}.self_attn.v_proj:4-7: {layer}.self_attn.v_proj[4] -> {layer}.self_attn.o_proj[8]",
         f"{layer}.mlp.gate_proj: {layer}.mlp.gate_proj {layer}.mlp.up_proj -> {layer}.mlp.down_proj",
         f"model.embed_tokens: model.embed_tokens {layer}.self_attn.o_proj {layer}.mlp.down_proj -> "
         f"{' '.join(f'{layer}.{name}' for name in stream)} lm_head",
