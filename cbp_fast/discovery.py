@@ -279,13 +279,13 @@ class _Facts:
         n = nodes.size
         self.entries = _Entries()
         self.reasons = [reason for _, reason in trace.refused]
-        self.notes: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = defaultdict(lambda: torch.zeros(n, dtype=torch.bool, device="cpu"))
         never = len(self.reasons)
         self.refusal = torch.full((n,), 2**31, device="cpu")
         for i in reversed(range(never)):
             self.refusal[nodes.units(trace.refused[i][0])] = i
         for ids, note in trace.notes:
-            self._note(note, nodes.units(ids))
+            self.notes[note][nodes.units(ids)] = True
         for i, source in enumerate(nodes.sources):
             if source.axis is not None:
                 rows = torch.arange(source.size, device="cpu")
@@ -316,9 +316,12 @@ class _Facts:
             one = torch.zeros_like(total).index_copy_(0, row, leaf)
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
-            self._crowded(nodes, key, row, at, leaf)
+            if not (place.diff() > 0).all():
+                self._crowded(nodes, key, row, at, leaf)
 
         self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
+        for held in self.notes.values():
+            held[self.root[held.nonzero()[:, 0]]] = True
         self.raw = torch.zeros_like(raw)
         self.raw[self.root[raw]] = True
         self.refusal = torch.full_like(self.refusal, 2**31).scatter_reduce_(0, self.root, self.refusal, "amin")
@@ -331,17 +334,13 @@ class _Facts:
         """Refuses units of one layer that share a place without being joined: at different positions, or in a mix."""
         source = nodes.origin[unit]
         _, index, here = torch.unique(row * BASE + source, return_inverse=True, return_counts=True)
-        pairs = torch.unique(torch.stack([at * BASE + source, unit]), dim=1)
-        spots, counts = torch.unique(pairs[0], return_counts=True)
+        pairs = torch.unique(at * BASE + unit)
+        spots, counts = torch.unique(pairs // BASE * BASE + nodes.origin[pairs % BASE], return_counts=True)
         there = counts[torch.searchsorted(spots, at * BASE + source)]
         crowd = unit[here[index] < there]
         if len(crowd):
             self.refusal[crowd] = self.refusal[crowd].clamp(max=len(self.reasons))
             self.reasons.append(f"'{key[0] if isinstance(key, tuple) else key}' takes several of its units for one")
-
-    def _note(self, note: str, units: Tensor) -> None:
-        before = self.notes.get(note)
-        self.notes[note] = units if before is None else torch.cat([before, units])
 
     def _mixes(self, nodes: Nodes, mixes: Tensor, direct: Tensor, members: dict[int, Tensor]) -> None:
         """Units that reach a reader in a mix: it must read them directly too, and then the mix couples them."""
@@ -356,7 +355,7 @@ class _Facts:
                 self.refusal[lost] = len(self.reasons)
                 self.reasons.append(f"its features are mixed by {why}")
             if seen.any():
-                self._note(f"{why} couples its units", units[seen])
+                self.notes[f"{why} couples its units"][units[seen]] = True
 
 
 def _connect(n: int, edges: Tensor) -> Tensor:
@@ -419,7 +418,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     makes = sorted(places["make"], key=lambda place: place[0][2])
     layers = [(trace.owners[key[0]][0], f"{int(at.min())}-{int(at.max())}") for key, at in makes + places["pass"]]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
-    candidate.notes = [note for note, ids in facts.notes.items() if bool(torch.isin(facts.root[ids], heads).any())]
+    candidate.notes = [note for note, roots in facts.notes.items() if bool(roots[heads].any())]
     touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))
     refusal = int(facts.refusal[head])
     reason = facts.reasons[refusal] if refusal < len(facts.reasons) else ""

@@ -200,10 +200,12 @@ class Nodes:
         """One id for each row of distinct ids, the largest first."""
         origins = torch.where(rows > 0, self.origin[rows], 0).sort(-1).values
         apart = ~((origins[:, 1:] == origins[:, :-1]) & (origins[:, 1:] != 0)).any(-1)
-        out, joined = rows[:, 0].clone(), rows[apart, 0]
-        for column in rows[apart].unbind(-1)[1:]:
-            joined = cast(Tensor, self.join(joined, column))
-        out[apart] = joined
+        out = rows[:, 0].clone()
+        if apart.any():
+            joined, *others = rows[apart].unbind(-1)
+            for column in others:
+                joined = cast(Tensor, self.join(joined, column))
+            out[apart] = joined
         for i in (~apart).nonzero()[:, 0].tolist():
             if keys[i] not in self._mix_of:
                 (node,) = range(*self._add(1).indices(self.size))
