@@ -67,8 +67,9 @@ def _kinds(ids: Tensor) -> Tensor:
     """The different ids, int64 [n]."""
     (ids,), _ = _narrow(ids)
     # most often all positions hold the same, and sorting is slow
-    while ids.dim() > 1 and ids.shape[-1] > 1 and torch.equal(ids[..., 0], ids[..., 1]) and (ids == ids[..., :1]).all():
-        ids = ids[..., 0]
+    for axis in range(ids.dim()):
+        first = ids.narrow(axis, 0, min(1, ids.shape[axis]))
+        ids = first if torch.equal(first.expand(ids.shape), ids) else ids
     return torch.unique(ids)
 
 
@@ -657,7 +658,7 @@ class Trace(Preserving):
         self.put(out, result)
 
     def _whole(self, ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else self.nodes.merge(ids.reshape(-1), self._why)
+        return None if ids is None else self.nodes.merge(_kinds(ids), self._why)
 
     def _bias(self, bias: Tensor, ids: Tensor) -> Tensor | None:
         """The ids that a layer's summand adds: none if it is its own bias."""
