@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .provenance import BASE, DATA, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, tensors_in, undivided, untouched, unwrapped
+from .provenance import BASE, DATA, Exits, Nodes, Trace, scramble
+from .running import Forward, forwards, guesses, storage_key, tensors_in, undivided, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -30,12 +31,16 @@ from .unit_groups import (
 )
 from .verification import verify_unit_group
 
+
 class NeedsInputs(ValueError):
     """The model's forward cannot be run on a guessed input."""
 
 
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
+_IRREGULAR = " in no regular order"
+# forwards to take for one that chooses its path at random
+_REPEATS = 8
 
 
 @dataclass
@@ -91,8 +96,8 @@ def find_unit_groups(
         include_coupled: take groups too that several layers add into (a residual stream): all of these are
             re-initialised, and all readers zeroed, together.
         unreached_ok: trust that layers which the forwards did not reach read no unit of a group.
-        ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where activations
-            are kept (``"body.last"``), on which nothing is trained: units may reach them.
+        ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where
+            activations are kept (``"body.last"``), on which nothing is trained: units may reach them.
         verify: check every group by :func:`verify_unit_group`, and leave out what fails; needs a model on real memory.
 
     Returns:
@@ -184,7 +189,7 @@ def _discover(
             except ValueError as error:
                 candidate.reason = str(error)
     taken = [candidate for candidate in candidates if not candidate.reason]
-    remarks = [f"Python reads a value ({at}): only the path taken was seen" for at in trace.branches]
+    remarks = [f"the path depends on {at}: only what was taken was seen" for at in trace.branches]
     return _Found(taken, _left_out(model, trace, candidates), remarks)
 
 
@@ -199,8 +204,8 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
             return traces[0], candidates[0], [small]
     raise NeedsInputs(
-        f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small batch "
-        "that it runs on"
+        f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small "
+        "batch that it runs on"
     )
 
 
@@ -217,17 +222,32 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
         stack.enter_context(torch.enable_grad())
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for run in runs:
-            with trace:
+        for run in _repeated(runs, trace):
+            with trace, Exits(trace):
                 output = run(model)
             for path, tensor in tensors_in(output):
                 if not path.startswith(ignored or ("\0",)):
                     trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
     for attribute, value in left:
         for path, tensor in tensors_in(value, attribute, objects=False):
-            if trace.is_made(tensor) and not path.startswith(ignored or ("\0",)):
+            if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
                 trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
     return trace
+
+
+def _repeated(runs: Sequence[Forward], trace: Trace) -> Iterator[Forward]:
+    """Every forward, and again from other random states if its path may depend on them."""
+    for run in runs:
+        for seed in range(_REPEATS):
+            python, own = random.getstate(), torch.get_rng_state()
+            yield run
+            drawn = random.getstate() != python
+            if drawn:
+                trace.branches["random numbers of Python"] = None
+            if not drawn and (not trace.branches or torch.equal(torch.get_rng_state(), own)):
+                break
+            random.seed(seed)
+            torch.manual_seed(seed)
 
 
 # from a trace to groups
@@ -270,19 +290,18 @@ class _Facts:
         n = nodes.size
         self.entries = _Entries()
         self.reasons = [reason for _, reason in trace.refused]
-        self.notes: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = defaultdict(lambda: torch.zeros(n, dtype=torch.bool, device="cpu"))
         never = len(self.reasons)
         self.refusal = torch.full((n,), 2**31, device="cpu")
         for i in reversed(range(never)):
             self.refusal[nodes.units(trace.refused[i][0])] = i
         for ids, note in trace.notes:
-            self._note(note, nodes.units(ids))
+            self.notes[note][nodes.units(ids)] = True
         for i, source in enumerate(nodes.sources):
             if source.axis is not None:
-                rows = torch.arange(source.count, device="cpu")
+                rows = torch.arange(source.size, device="cpu")
                 self.entries.add("make", (source.parameter, source.axis, i), source.first + rows, rows)
 
-        self.blame: dict[int, str] = {}
         raw = torch.zeros(n, dtype=torch.bool, device="cpu")
         edges: list[Tensor] = []
         sums: list[Tensor] = []
@@ -308,13 +327,12 @@ class _Facts:
             one = torch.zeros_like(total).index_copy_(0, row, leaf)
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
-            # several units of one layer in one place
-            makers, counts = torch.unique(at * BASE + nodes.origin[leaf], return_counts=True)
-            for spot in (makers[counts > 1] // BASE).tolist()[:1]:
-                name = key[0] if isinstance(key, tuple) else key
-                self.blame.setdefault(int(leaf[at == spot][0]), f"'{name}' takes several of its units for one")
+            if not (place.diff() > 0).all():
+                self._crowded(nodes, key, row, at, leaf)
 
         self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
+        for held in self.notes.values():
+            held[self.root[held.nonzero()[:, 0]]] = True
         self.raw = torch.zeros_like(raw)
         self.raw[self.root[raw]] = True
         self.refusal = torch.full_like(self.refusal, 2**31).scatter_reduce_(0, self.root, self.refusal, "amin")
@@ -323,9 +341,17 @@ class _Facts:
         low, high = (zero.scatter_reduce(0, at, total, how, include_self=False) for how in ("amin", "amax"))
         self.coupled = high != low
 
-    def _note(self, note: str, units: Tensor) -> None:
-        before = self.notes.get(note)
-        self.notes[note] = units if before is None else torch.cat([before, units])
+    def _crowded(self, nodes: Nodes, key: Any, row: Tensor, at: Tensor, unit: Tensor) -> None:
+        """Refuses units of one layer that share a place without being joined: at different positions, or in a mix."""
+        source = nodes.origin[unit]
+        _, index, here = torch.unique(row * BASE + source, return_inverse=True, return_counts=True)
+        pairs = torch.unique(at * BASE + unit)
+        spots, counts = torch.unique(pairs // BASE * BASE + nodes.origin[pairs % BASE], return_counts=True)
+        there = counts[torch.searchsorted(spots, at * BASE + source)]
+        crowd = unit[here[index] < there]
+        if len(crowd):
+            self.refusal[crowd] = self.refusal[crowd].clamp(max=len(self.reasons))
+            self.reasons.append(f"'{key[0] if isinstance(key, tuple) else key}' takes several of its units for one")
 
     def _mixes(self, nodes: Nodes, mixes: Tensor, direct: Tensor, members: dict[int, Tensor]) -> None:
         """Units that reach a reader in a mix: it must read them directly too, and then the mix couples them."""
@@ -340,7 +366,7 @@ class _Facts:
                 self.refusal[lost] = len(self.reasons)
                 self.reasons.append(f"its features are mixed by {why}")
             if seen.any():
-                self._note(f"{why} couples its units", units[seen])
+                self.notes[f"{why} couples its units"][units[seen]] = True
 
 
 def _connect(n: int, edges: Tensor) -> Tensor:
@@ -373,12 +399,28 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     for which in torch.argsort(first[: int(number.max()) + 1]).tolist():
         mine = rows[:, number[index] == which]
         own = heads[number == which]
-        candidates.append(_candidate(model, trace, facts, own, mine))
+        whole = _candidate(model, trace, facts, own, mine)
+        parts = []
+        if whole.reason.endswith(_IRREGULAR):
+            # heads of a grouped-query attention are regular by themselves
+            cuts = _runs(mine[2].reshape(len(own), -1))
+            rows_of = [mine[:, torch.isin(mine[0], run)] for run in own.tensor_split(cuts)]
+            parts = [
+                _candidate(model, trace, facts, *pair) for pair in zip(own.tensor_split(cuts), rows_of, strict=True)
+            ]
+        candidates += [whole] if not parts or any(part.reason for part in parts) else parts
     return candidates
 
 
+def _runs(positions: Tensor) -> list[int]:
+    """Where the positions [N, E] of units, one after the other, make another step than the usual one."""
+    steps = positions.diff(dim=0)
+    cuts = (steps != steps.mode(0).values).any(1).nonzero()[:, 0] + 1
+    return cuts.tolist() if 2 * len(cuts) < len(positions) else []
+
+
 def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, rows: Tensor) -> _Candidate:
-    """Layers and positions of the units `heads` [N], whose entries (unit, layer, position) are `rows` [3, E], sorted."""
+    """Units `heads` [N] with their sorted entries `rows` [3, E]: unit, layer, position."""
     n, head = len(heads), int(heads[0])
     places: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
     for i in torch.unique(rows[1]).tolist():
@@ -387,7 +429,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     makes = sorted(places["make"], key=lambda place: place[0][2])
     layers = [(trace.owners[key[0]][0], f"{int(at.min())}-{int(at.max())}") for key, at in makes + places["pass"]]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
-    candidate.notes = [note for note, ids in facts.notes.items() if bool(torch.isin(facts.root[ids], heads).any())]
+    candidate.notes = [note for note, roots in facts.notes.items() if bool(roots[heads].any())]
     touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))
     refusal = int(facts.refusal[head])
     reason = facts.reasons[refusal] if refusal < len(facts.reasons) else ""
@@ -398,10 +440,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     if not candidate.reason and not places["read"]:
         candidate.reason = "no layer reads it"
     if not candidate.reason and max(at.shape[1] for _, at in makes) > _MAX_ROWS:
-        candidate.reason = next(
-            (text for node, text in facts.blame.items() if int(facts.root[node]) in heads.tolist()),
-            "its units cannot be told apart where they are read",
-        )
+        candidate.reason = "its units cannot be told apart where they are read"
     if not candidate.reason and facts.raw[head]:
         candidate.reason = "its features are added to data that no unit makes, and share columns with it"
     outside = [key[0] for key, _ in places["read"] if key[0] in trace.outside]
@@ -469,12 +508,12 @@ def _write(
             fitted = _fit(at, role in ("make", "pass"))
             if fitted is None:
                 verb = {"make": "makes", "pass": "passes on", "read": "reads", "norm": "normalises"}[role]
-                candidate.reason = f"'{owner}' {verb} its units in no regular order"
+                candidate.reason = f"'{owner}' {verb} its units{_IRREGULAR}"
                 return
             parts += [Part(owner, *block) for block in fitted]
     first, at = makes[0]
     name = trace.owners[first[0]][0]
-    if at.numel() != trace.nodes.sources[first[2]].count:
+    if at.numel() != trace.nodes.sources[first[2]].size:
         name = f"{name}:{int(at.min())}-{int(at.max())}"
     group = UnitGroup(name, incoming, outgoing, norms, n)
     try:

@@ -1,8 +1,8 @@
 """Which units each element of an activation is made of, followed through one forward by a TorchDispatchMode.
 
-Every storage that the forward writes owns one id per element, so that views, chunks, permutations and in-place operations
-need no rule. An id is a node: a constant (0), data that no unit makes (1), one unit, the join of two nodes (an
-element-wise operation), or the mix of many (a sum over features).
+Every storage that the forward writes owns one id per element, so that views, chunks, permutations and in-place
+operations need no rule. An id is a node: a constant (0), data that no unit makes (1), one unit, the join of two nodes
+(an element-wise operation), or the mix of many (a sum over features).
 """
 
 from __future__ import annotations
@@ -10,39 +10,40 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .running import Preserving, storage_key
 from .unit_groups import NORMS, kind, label
 
 DATA = 1
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 
-_MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+_SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
+_MATMULS = ("mm", "bmm", *_SUMMING)
 _NORM_OPS = ("batch_norm", "native_layer_norm", "native_group_norm", "_fused_rms_norm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 # f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
 _PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
-_MOVES = ["cat", "stack", "index", "index_select", "gather", "repeat", "flip", "roll", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "im2col", "unfold_backward", "tril", "triu", "index_put", "slice_scatter", "select_scatter", "take_along_dim"]
-_REDUCTIONS = (
-    ["mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all"]
-)
+# operations that only move elements, or reduce them along axes
+_MOVING = """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle
+    channel_shuffle reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d im2col tril triu index_put slice_scatter select_scatter take_along_dim"""
+_REDUCING = "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all"
+_MOVES, _REDUCTIONS = frozenset(_MOVING.split()), frozenset(_REDUCING.split())
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
+_HIDDEN = "what was made by code that cannot be followed"
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Identifies the memory of a tensor, which its views share."""
-    return tensor.untyped_storage()._cdata
 
 
 def scramble(ids: Tensor) -> Tensor:
@@ -66,8 +67,9 @@ def _kinds(ids: Tensor) -> Tensor:
     """The different ids, int64 [n]."""
     (ids,), _ = _narrow(ids)
     # most often all positions hold the same, and sorting is slow
-    while ids.dim() > 1 and ids.shape[-1] > 1 and torch.equal(ids[..., 0], ids[..., 1]) and (ids == ids[..., :1]).all():
-        ids = ids[..., 0]
+    for axis in range(ids.dim()):
+        first = ids.narrow(axis, 0, min(1, ids.shape[axis]))
+        ids = first if torch.equal(first.expand(ids.shape), ids) else ids
     return torch.unique(ids)
 
 
@@ -77,7 +79,7 @@ class Source(NamedTuple):
     parameter: str
     axis: int | None
     first: int
-    count: int
+    size: int
 
 
 class Nodes:
@@ -85,9 +87,6 @@ class Nodes:
 
     Attributes:
         sources: what the ids of units and of parameters' entries stand for.
-        left, right: int64, children of a join; left is 0 for a unit, and -1 - i for the mix i.
-        bare: int64, the node without data and parameters.
-        origin: int64, number of the source, or a hash of the children's; equal origins are not joined but mixed.
         mixes: ids that each mix is made of, and the operation that mixed them.
     """
 
@@ -102,18 +101,22 @@ class Nodes:
 
     @property
     def left(self) -> Tensor:
+        """First child of a join; 0 for a unit, and -1 - i for the mix i; int64."""
         return self._table[0]
 
     @property
     def right(self) -> Tensor:
+        """Second child of a join, int64."""
         return self._table[1]
 
     @property
     def bare(self) -> Tensor:
+        """The node without data and parameters, int64."""
         return self._table[2]
 
     @property
     def origin(self) -> Tensor:
+        """Number of the source, or a hash of the children's, int64; equal ones are not joined but mixed."""
         return self._table[3]
 
     def _add(self, count: int) -> slice:
@@ -163,7 +166,7 @@ class Nodes:
             less = (self.bare[left] != left) | (self.bare[right] != right)
             if less.any():
                 bare = self.join(self.bare[left[less]], self.bare[right[less]])
-                self.bare[ids[fresh][less]] = bare
+                self.bare[ids[fresh][less]] = cast(Tensor, bare)
         return ids
 
     def product(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -179,7 +182,7 @@ class Nodes:
         return joined.expand(shape)
 
     def merge(self, ids: Tensor, why: str) -> Tensor:
-        """The union over the last axis: [..., K] -> [...]. Several units of one source are mixed, by the operation `why`."""
+        """The union over the last axis: [..., K] -> [...]. Units of one source are mixed, by the operation `why`."""
         (ids,), shape = _narrow(ids)
         if not ids.numel():
             return ids.new_zeros(()).expand(shape[:-1])
@@ -198,10 +201,12 @@ class Nodes:
         """One id for each row of distinct ids, the largest first."""
         origins = torch.where(rows > 0, self.origin[rows], 0).sort(-1).values
         apart = ~((origins[:, 1:] == origins[:, :-1]) & (origins[:, 1:] != 0)).any(-1)
-        out, joined = rows[:, 0].clone(), rows[apart, 0]
-        for column in rows[apart].unbind(-1)[1:]:
-            joined = self.join(joined, column)  # type: ignore[assignment]
-        out[apart] = joined
+        out = rows[:, 0].clone()
+        if apart.any():
+            joined, *others = rows[apart].unbind(-1)
+            for column in others:
+                joined = cast(Tensor, self.join(joined, column))
+            out[apart] = joined
         for i in (~apart).nonzero()[:, 0].tolist():
             if keys[i] not in self._mix_of:
                 (node,) = range(*self._add(1).indices(self.size))
@@ -212,7 +217,7 @@ class Nodes:
         return out
 
     def leaves(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which units, entries of parameters, data and mixes each of `ids` [n] is made of: indices into it, and nodes."""
+        """Units, entries of parameters, data and mixes that `ids` [n] are made of: indices into it, and nodes."""
         row, node = torch.arange(len(ids), device="cpu"), ids
         rows, nodes = [], []
         while len(node):
@@ -246,6 +251,20 @@ def _distinct(rows: Tensor) -> Tensor:
     return rows[:, : int((rows > 0).sum(-1).max())]
 
 
+class Exits(TorchFunctionMode):
+    """Refuses the units of tensors that leave for Python or NumPy whole."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"):
+            self.trace.refuse(self.trace.ids(args[0]), f"{name}() takes its values out of the model's operations")
+        return func(*args, **(kwargs or {}))
+
+
 class _Shadow(NamedTuple):
     storage: Any  # held, so that its address is not used again
     ids: Tensor  # [period]: element i of the storage has ids[i % period]
@@ -253,13 +272,13 @@ class _Shadow(NamedTuple):
     itemsize: int
 
 
-class Trace(TorchDispatchMode):
+class Trace(Preserving):
     """Follows units through all that runs under it.
 
     Attributes:
         nodes: what ids mean.
-        records: by role ("read", "norm" or "pass", for a depthwise convolution) and layer (parameter and axis, or name of a
-            norm): pairs of positions along that axis and ids seen there.
+        records: by role ("read", "norm" or "pass", for a depthwise convolution) and layer (parameter and axis, or name
+            of a norm): pairs of positions along that axis and ids seen there.
         roles: what each weight is used for; a second role forbids it.
         refused: ids and why their units are refused, in the order of the forward.
         notes: ids and what is said of their units.
@@ -271,14 +290,6 @@ class Trace(TorchDispatchMode):
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
     """
-
-    # they are followed as operations without a rule
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # it would import the compiler
-        return False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -295,9 +306,7 @@ class Trace(TorchDispatchMode):
         self.tied: dict[str, str] = {}
         self._parameters: dict[int, tuple[str, Tensor]] = {}
         self._shadows: dict[int, _Shadow] = {}
-        self._made: set[int] = set()
         self._kept: list[Tensor] = []
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
         self.modules = dict(model.named_modules())
@@ -320,17 +329,6 @@ class Trace(TorchDispatchMode):
             handles.append(module.register_forward_hook(leave, always_call=True))
         return handles
 
-    def is_made(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in memory that was written first under this mode."""
-        return storage_key(tensor) in self._made
-
-    def restore(self) -> None:
-        """Puts back every tensor that was changed but not made under this mode."""
-        with torch.no_grad():
-            for tensor, before in self._saved.values():
-                with torch.autograd._unsafe_preserve_version_counter(tensor):
-                    tensor.copy_(before)
-
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
         if ids is not None:
@@ -341,13 +339,9 @@ class Trace(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         plain = isinstance(func, torch._ops.OpOverload)
         name = func._overloadpacket.__name__ if plain else str(func)
-        if not plain or func._schema.is_mutable or "batch_norm" in name:
-            with _disable_current_modes():
-                self._save(func, args, kwargs, tensors)
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if torch._C._current_graph_task_id() != -1:
             # gradients are no activations
-            self._made.update(storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
             return out
         with _disable_current_modes():
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
@@ -355,31 +349,25 @@ class Trace(TorchDispatchMode):
             self._follow(func, name.rstrip("_"), args, kwargs, tensors, out)
         return out
 
-    def _save(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
-        """Remembers what an operation is about to change, unless it was made under this mode."""
-        written = tensors
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            values = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
-            marked = zip(func._schema.arguments, values, strict=False)
-            written = tree_leaves([v for a, v in marked if a.alias_info is not None and a.alias_info.is_write])
-        for tensor in written:
-            if isinstance(tensor, Tensor) and storage_key(tensor) not in self._made and tensor.numel():
-                whole = tensor.detach()
-                if tensor.device.type != "meta":
-                    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                    whole = whole.as_strided((elements,), (1,), 0)
-                self._saved.setdefault(storage_key(tensor), (whole, whole.clone()))
-
     # ids of tensors
 
     def ids(self, tensor: Tensor) -> Tensor | None:
         """What the elements of a tensor are made of, int64 of its shape; None for constants."""
         if not tensor.numel():
             return None
+        if tensor.layout != torch.strided:
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
+        if shadow is None and key in self.made and tensor.grad_fn is not None:
+            # made by a kernel that is called past the dispatcher, of whatever there was
+            for source in self.nodes.sources[1:]:
+                self.refuse(
+                    self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}"
+                )
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None:
-            return None if key in self._made else self._outer(key, tensor)
+            return None if key in self.made else self._outer(key, tensor)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
@@ -415,8 +403,10 @@ class Trace(TorchDispatchMode):
 
     def put(self, tensor: Tensor, ids: Tensor | None) -> None:
         """Writes the ids of a tensor's elements."""
+        if tensor.layout != torch.strided:
+            return
         key = storage_key(tensor)
-        if key in self._parameters or (key not in self._made and ids is not None):
+        if key in self._parameters or (key not in self.made and ids is not None):
             name = f"'{self._parameters[key][0]}'" if key in self._parameters else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
@@ -479,7 +469,6 @@ class Trace(TorchDispatchMode):
             and op != "lift_fresh"
         ):
             return
-        self._made.update(storage_key(t) for t in outs if storage_key(t) not in keys or op == "lift_fresh")
         if outs and not any(t.numel() for t in outs):
             # an expert without tokens has not been reached
             return
@@ -506,14 +495,16 @@ class Trace(TorchDispatchMode):
             self.put(outs[0], self._norm(op, args))
         else:
             self._use(op, parameters)
+            if op in _TO_PYTHON or op in _DATA_SIZED:
+                self.branches[f"a value read by Python ({self._why})"] = None
             ids = [self.ids(t) for t in tensors]
             draws = op in _DRAWS and plain and func._schema.is_mutable
             if all(i is None for i in ids) or ((draws or _FRESH.match(op)) and len(tensors) == 1):
-                result, made = None, outs
+                result, with_ids = None, 0
             else:
-                result, made = self._rule(func, op, args, kwargs, tensors, ids, outs)
-            for t in outs:
-                self.put(t, result if any(t is m for m in made) else None)
+                result, with_ids = self._rule(func, op, args, kwargs, tensors, ids, outs)
+            for i, t in enumerate(outs):
+                self.put(t, result if i < with_ids else None)
 
     def _use(self, op: str, parameters: Iterable[tuple[str, Tensor] | None]) -> None:
         """Weights that enter an operation other than those which make or read units have another role."""
@@ -524,48 +515,46 @@ class Trace(TorchDispatchMode):
 
     def _rule(
         self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Any
-    ) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """The ids of what an operation returns, and which of its results have them; the others are constants."""
+    ) -> tuple[Tensor | None, int]:
+        """The ids of what an operation returns, and how many of its results have them; the others are constants."""
         live = [i for i in ids if i is not None]
         tags = func.tags if isinstance(func, torch._ops.OpOverload) else ()
         spatial = _SPATIAL.search(op)
         x = ids[0] if ids and tensors and args and args[0] is tensors[0] else None
         if any(kind in op for kind in _ATTENTION):
-            return self._attention(args, outs[0]), outs[:1]
+            return self._attention(args, outs[0]), 1
         if spatial and x is not None and x.dim() > int(spatial[1]):
             n = int(spatial[1])
             merged = self.nodes.merge(x.flatten(-n), self._why)
             for other in ids[1:]:
                 self.refuse(other, f"{self._why} takes it for coordinates")
-            return merged.reshape(merged.shape + (1,) * n), outs
+            return merged.reshape(merged.shape + (1,) * n), len(outs)
         if op == "clone" or (op == "_to_copy" and outs[0].shape == tensors[0].shape):
-            return ids[0], outs
+            return ids[0], 1
         if op in _MOVES:
             return self._move(func, op, args, kwargs, tensors, live, outs)
         if op in ("index_add", "scatter_add"):
-            return self._add_at(args, ids), outs
+            return self._add_at(args, ids), 1
         if op == "glu" and x is not None:
             first, second = x.chunk(2, args[1] if len(args) > 1 else -1)
-            return self.nodes.join(first, second), outs
+            return self.nodes.join(first, second), 1
         if op in _REDUCTIONS and x is not None and len(live) == 1:
-            return self._reduce(func, args, kwargs, x), outs
+            return self._reduce(func, args, kwargs, x), len(outs)
         if op in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum") and x is not None:
             merged = self.nodes.merge(x.movedim(args[1], -1), self._why)
             if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
                 self.refuse(x, f"its features are mixed by {self._why}")
-            return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), outs
-        if op in _TO_PYTHON or op in _DATA_SIZED:
-            self.branches[self._why] = None
+            return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), 1
+        if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
             # a condition; a number would come back unseen
-            if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
-                return None, outs
-        elif torch.Tag.pointwise in tags or op in _POINTWISE:
-            return self._pointwise(op, tensors, ids, outs), outs[:1]
+            return None, 0
+        if torch.Tag.pointwise in tags or op in _POINTWISE:
+            return self._pointwise(op, tensors, ids, outs), 1
         for i in live:
             self.refuse(i, f"{self._why} has no rule")
         computed = [self.parameter(t) is not None or i is None for t, i in zip(tensors, ids, strict=True)]
         # of parameters alone: still no data
-        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), outs
+        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), len(outs)
 
     def _pointwise(
         self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]
@@ -621,7 +610,7 @@ class Trace(TorchDispatchMode):
             self.notes.append((ids, f"'{name}' goes into its units and is left as it is"))
 
     def _matmul(self, op: str, args: Any, out: Tensor) -> None:
-        first, second = args[1:3] if op in ("addmm", "baddbmm") else args[:2]
+        first, second = args[1:3] if op in _SUMMING else args[:2]
         entries = self.parameter(first), self.parameter(second)
         weights = [e if e and e[1].dim() > 1 else None for e in entries]
         if all(weights):
@@ -643,10 +632,10 @@ class Trace(TorchDispatchMode):
                 return
             self._read(name, axis, ids, -1)
             self.roles[name].add("matrix product" if axis == 1 else "matrix product with its transpose")
-            result: Tensor | None = self.nodes.source(name, 1 - axis, weight.shape[-1])
-            if op in ("addmm", "baddbmm"):
-                result = self.nodes.join(result, self._bias(args[0], result))
-            self.put(out, result if result is None else result.expand(out.shape))
+            made = self.nodes.source(name, 1 - axis, weight.shape[-1])
+            if op in _SUMMING:
+                made = cast(Tensor, self.nodes.join(made, self._bias(args[0], made)))
+            self.put(out, made.expand(out.shape))
             return
         a, b = self.ids(first), self.ids(second)
         for own, other in ((a, b), (b, a)):
@@ -663,13 +652,13 @@ class Trace(TorchDispatchMode):
             None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
         )
         result = self.nodes.product(rows, columns)
-        if op in ("addmm", "baddbmm"):
+        if op in _SUMMING:
             added = self.ids(args[0])
             result = self.nodes.join(result, None if added is None else added.expand(out.shape))
         self.put(out, result)
 
     def _whole(self, ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else self.nodes.merge(ids.reshape(-1), self._why)
+        return None if ids is None else self.nodes.merge(_kinds(ids), self._why)
 
     def _bias(self, bias: Tensor, ids: Tensor) -> Tensor | None:
         """The ids that a layer's summand adds: none if it is its own bias."""
@@ -706,7 +695,7 @@ class Trace(TorchDispatchMode):
         self._read(name, int(not transposed), ids, 1)
         made = self.nodes.source(name, int(transposed), out.shape[1])
         if bias is not None:
-            made = self.nodes.join(made, self._bias(bias, made))  # type: ignore[assignment]
+            made = cast(Tensor, self.nodes.join(made, self._bias(bias, made)))
         self.put(out, made.reshape(-1, *spread).expand(out.shape))
 
     def _norm(self, op: str, args: Any) -> Tensor | None:
@@ -736,8 +725,8 @@ class Trace(TorchDispatchMode):
             return
         source = self.nodes.sources[int(self.nodes.origin[scale.reshape(-1)[0]])]
         channels = columns.movedim(1, 0)
-        for first in range(0, len(channels), source.count):
-            self._record("norm", self.owners[source.parameter][0], channels[first : first + source.count], 0)
+        for first in range(0, len(channels), source.size):
+            self._record("norm", self.owners[source.parameter][0], channels[first : first + source.size], 0)
 
     def _attention(self, args: Any, out: Tensor) -> Tensor | None:
         query, key, value = (self.ids(t) for t in args[:3])
@@ -753,7 +742,7 @@ class Trace(TorchDispatchMode):
 
     def _move(
         self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], live: Sequence[Tensor], outs: Any
-    ) -> tuple[Tensor | None, Sequence[Tensor]]:
+    ) -> tuple[Tensor | None, int]:
         """An operation that only moves elements is carried out on their ids."""
         if op in ("cat", "stack"):
             moved = set(map(id, args[0]))
@@ -770,7 +759,7 @@ class Trace(TorchDispatchMode):
         if accumulates or any(t.device.type == "meta" for t in tensors if id(t) not in moved):
             for i in live:
                 self.refuse(i, f"{self._why} has no rule")
-            return torch.tensor(DATA, device="cpu"), outs
+            return torch.tensor(DATA, device="cpu"), len(outs)
 
         def ids_of(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -786,7 +775,7 @@ class Trace(TorchDispatchMode):
         args, kwargs = tree_map(ids_of, (args, kwargs))
         if func._schema.is_mutable:
             args = (args[0].clone(), *args[1:])
-        return func(*args, **kwargs).long(), outs[:1]
+        return func(*args, **kwargs).long(), 1
 
     def _add_at(self, args: Any, ids: list[Tensor | None]) -> Tensor | None:
         """index_add and scatter_add: every place may receive what any row of the source holds."""
@@ -810,7 +799,7 @@ class Trace(TorchDispatchMode):
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
-    """The axis of a parameter along which it reads, for its view `weight` [..., K, N] in x @ weight; None for a part of it."""
+    """The axis along which a parameter reads, by its view `weight` [..., K, N] in x @ weight; None for a part of it."""
     while weight.dim() > 2 and (weight.shape[0] == 1 or weight.stride(0) == 0):
         weight = weight[0]
     if weight.dim() > 2 or weight.numel() != parameter.numel() or parameter.shape[:2].numel() != parameter.numel():

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as same_version
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from .dtensors import is_dtensor
 from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
@@ -56,7 +59,7 @@ def forwards(example_inputs: Any) -> list[Forward]:
 
 
 def _is_function(inputs: Any) -> bool:
-    return callable(inputs) and not isinstance(inputs, (torch.Tensor, dict))
+    return callable(inputs) and not isinstance(inputs, (Tensor, dict))
 
 
 def _call(inputs: Any) -> Forward:
@@ -77,6 +80,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
         return
     weight = first.get_parameter("weight")
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    shapes: list[tuple[int, ...]]
     if kind(first) == "Embedding":
         options["dtype"] = torch.int64
         shapes = [(size,) for size in _SIZES if size <= 64]
@@ -92,7 +96,7 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
             yield _on_batch(2, shape, options), _on_batch(3, shape, options)
 
 
-def _fits(model: nn.Module, forward: Forward, saved: Sequence[torch.Tensor]) -> bool:
+def _fits(model: nn.Module, forward: Forward, saved: Sequence[Tensor]) -> bool:
     with restored(model, saved), torch.no_grad():
         try:
             forward(model)
@@ -103,6 +107,71 @@ def _fits(model: nn.Module, forward: Forward, saved: Sequence[torch.Tensor]) -> 
 
 def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Forward:
     return lambda model: model(torch.zeros(batch, *shape, **options))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identifies the memory of a tensor, which its views share."""
+    # sparse ones have none
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
+
+
+class Preserving(TorchDispatchMode):
+    """Remembers what operations change that was there before, to put it back.
+
+    Attributes:
+        made: keys of the storages that were made under this mode.
+    """
+
+    # they may change anything
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # it would import the compiler
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self._saved: dict[int, tuple[Tensor, Tensor, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        plain = isinstance(func, torch._ops.OpOverload)
+        # batch norms do not say that they change statistics
+        if not plain or func._schema.is_mutable or "batch_norm" in func._overloadpacket.__name__:
+            with _disable_current_modes():
+                self._save(func, args, kwargs, taken)
+        out = func(*args, **kwargs)
+        keys = {storage_key(t) for t in taken}
+        fresh = plain and func._overloadpacket.__name__ == "lift_fresh"
+        made = (storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+        self.made.update(key for key in made if fresh or key not in keys)
+        return out
+
+    def _save(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
+        """Remembers what an operation is about to change, unless it was made under this mode."""
+        written: Sequence[Any] = tensors
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            values = [*args, *(kwargs.get(a.name) for a in func._schema.arguments[len(args) :])]
+            marked = zip(func._schema.arguments, values, strict=False)
+            written = tree_leaves([v for a, v in marked if a.alias_info is not None and a.alias_info.is_write])
+        for tensor in written:
+            if isinstance(tensor, Tensor) and storage_key(tensor) not in self.made and tensor.numel():
+                whole = tensor.detach()
+                if tensor.device.type != "meta":
+                    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+                    whole = whole.as_strided((elements,), (1,), 0)
+                version = contextlib.nullcontext() if tensor.is_inference() else same_version(tensor)
+                self._saved.setdefault(storage_key(tensor), (whole, whole.clone(), version))
+
+    def restore(self) -> None:
+        """Puts back every tensor that was changed but not made under this mode."""
+        with torch.no_grad():
+            for tensor, before, version in self._saved.values():
+                with version:
+                    tensor.copy_(before)
 
 
 @contextlib.contextmanager
@@ -179,18 +248,17 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module, saved: Sequence[torch.Tensor] | None = None) -> Iterator[None]:
-    """Puts back parameters and buffers, in memory (their values are `saved`, or as now), and all that `untouched` does."""
+def restored(model: nn.Module, saved: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Puts back the values of parameters and buffers (as now, or `saved`), and all that `untouched` does."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors] if saved is None else saved
-    with untouched(model):
+    with untouched(model), same_version(tuple(tensors)):
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
-                    with torch.autograd._unsafe_preserve_version_counter(tensor):
-                        tensor.copy_(value)
+                    tensor.copy_(value)
 
 
 def _is_container(value: Any) -> bool:
@@ -199,10 +267,10 @@ def _is_container(value: Any) -> bool:
 
 def tensors_in(
     value: Any, path: str = "", seen: set[int] | None = None, objects: bool = True
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in what a model returns, in containers and in attributes of `objects`, with its path."""
     seen = set() if seen is None else seen
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield path, value
         return
     if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes, int, float)):

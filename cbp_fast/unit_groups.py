@@ -1,4 +1,4 @@
-"""Which layers of a model make, normalise and read the same units: unit groups, and the check that they fit together."""
+"""Which layers of a model make, normalise and read the same units: unit groups, and whether their layers fit."""
 
 from __future__ import annotations
 
@@ -186,6 +186,7 @@ def check_disjoint(groups: Iterable[ResolvedGroup]) -> None:
 
 
 def check_model(model: nn.Module) -> None:
+    """Checks that a model is a module, and not wrapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
@@ -195,6 +196,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def label(name: str, module: nn.Module) -> str:
+    """A module as messages call it."""
     return f"'{name}' ({type(module).__name__})"
 
 
@@ -380,17 +382,19 @@ def read_width(layer: nn.Module) -> int:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of every channel by itself."""
     return getattr(layer, "groups", 1) == read_width(layer) > 1
 
 
 def norm_shape(norm: Any) -> tuple[int, ...]:
+    """The shape of a norm's entries."""
     if hasattr(norm, "normalized_shape"):
         return tuple(norm.normalized_shape)
     return (norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features,)
 
 
 def _rows_per_unit(name: str, layer: nn.Module, n: int, first: str) -> int:
-    """Rows of a producer for each of the n units that `first` makes; more than one only of a depthwise convolution."""
+    """Rows of a producer for each of the n units that `first` makes: several only for a depthwise convolution."""
     width = make_width(layer)
     if width != n and not (is_depthwise(layer) and width % n == 0):
         raise ValueError(f"'{first}' makes {n} units but '{name}' makes {width}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .running import Forward, forwards, restored, tensors_in, untouched, unwrapped
+from .running import Forward, Preserving, forwards, restored, tensors_in, untouched, unwrapped
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
 
@@ -24,7 +25,8 @@ def verify_unit_group(model: nn.Module, group: UnitGroup, example_inputs: Any) -
 
     For every other unit of the group, on weights with some noise added (so that no zero hides anything):
 
-    - A: with their columns at zero, random rows, biases and norm entries do not move the output: nothing else reads them.
+    - A: with their columns at zero, random rows, biases and norm entries do not move the output: nothing else reads
+      them.
     - B: with rows and biases at zero and norm entries at their defaults, their columns see the same whatever the input:
       nothing else is read there.
 
@@ -64,8 +66,9 @@ def _failure(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward]) ->
                 _fill(tensor, (index,), value if value is None or default is None else default, generator)
 
         with restored(model):
-            plain, moved = _outputs(model, runs), (rows(None), _outputs(model, runs))[1]
-            if not _differ(plain, moved):
+            before = _outputs(model, runs)
+            rows(None)
+            if not _differ(before, _outputs(model, runs)):
                 return "the output does not depend on its units, so that the check shows nothing"
         with restored(model):
             columns(0.0)
@@ -90,8 +93,9 @@ class _Uncoupled(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in ("layer_norm", "group_norm", "rms_norm") or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
-        x, _, weight, bias = (*args[:4], *(None,) * (4 - len(args)))
-        weight, bias = kwargs.get("weight", weight), kwargs.get("bias", bias if name != "rms_norm" else None)
+        x = args[0]
+        weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+        bias = kwargs.get("bias", args[3] if len(args) > 3 and name != "rms_norm" else None)
         if name == "group_norm":
             weight, bias = (t if t is None else t.reshape(-1, *(1,) * (x.dim() - 2)) for t in (weight, bias))
         x = x if weight is None else x * weight
@@ -118,7 +122,7 @@ def _indices(member: Member, units: Tensor) -> Tensor:
 
 
 def _made(group: ResolvedGroup, units: Tensor) -> Iterator[tuple[Tensor, Tensor, float | None]]:
-    """(tensor with its units along the first axis, indices, default of a norm) of all that makes or normalises units."""
+    """(tensor with units along the first axis, indices, default of a norm) of all that makes or normalises units."""
     for member in group.incoming:
         weight, bias = member.module.get_parameter("weight"), getattr(member.module, "bias", None)
         index = _indices(member, units).to(weight.device)
@@ -147,15 +151,19 @@ def _outputs(model: nn.Module, runs: Sequence[Forward]) -> list[Tensor]:
     tensors = []
     for run in runs:
         torch.manual_seed(0)
-        with untouched(model):
-            tensors += [t.detach().clone() for _, t in tensors_in(run(model)) if t.is_floating_point()]
+        with untouched(model), Preserving() as changes:
+            try:
+                output = run(model)
+            finally:
+                changes.restore()
+            tensors += [t.detach().clone() for _, t in tensors_in(output) if t.is_floating_point()]
     return tensors
 
 
 def _features(
     model: nn.Module, group: ResolvedGroup, units: Tensor, runs: Sequence[Forward], vary: bool
 ) -> list[Tensor]:
-    """What the columns of the units see, on the given inputs or on other ones: least and greatest value of each place."""
+    """What the columns of the units see, on the given inputs or on other ones: least and greatest values."""
     seen: list[Tensor] = []
     depth = [0]
 
@@ -165,7 +173,7 @@ def _features(
             return None
         return torch.utils._pytree.tree_map(_varied, (args, kwargs))
 
-    def observe(member: Member, args: Any, kwargs: Any) -> None:
+    def observe(member: Member, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
         x = x.movedim(x.dim() - 1 - spatial_axes(member.module), -1)
         seen.append(x[..., _indices(member, units).to(x.device)])
@@ -175,8 +183,7 @@ def _features(
         handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: depth.__setitem__(0, depth[0] - 1), always_call=True))
     for member in group.outgoing:
-        hook = (lambda member: lambda module, args, kwargs: observe(member, args, kwargs))(member)
-        handles.append(member.module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(member.module.register_forward_pre_hook(functools.partial(observe, member), with_kwargs=True))
     try:
         _outputs(model, runs)
     finally:
