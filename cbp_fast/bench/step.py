@@ -123,13 +123,17 @@ def _measure(case: Case, rule: str, options: Options) -> dict[str, list[float]]:
     if case.depth >= 100 and ours in timers:
         timers["hot"] = timer(steps(case, rule, device, (ours,))[0][ours], device, calls=_HOT)
     with ExitStack() as processes:
-        if cpu:
-            tuned = Worker(timers_of, case, rule, device, ("reference",), threads=options.threads, **TUNED)
-            timers["eager tuned"] = processes.enter_context(tuned).timers()["eager"]
-        if cpu and options.threads > 1:
-            for threads, label in ((1, "one thread"), (options.threads, "all threads")):
-                worker = processes.enter_context(Worker(timers_of, case, rule, device, ("cpp",), threads=threads))
-                timers |= {f"{name}, {label}": timed for name, timed in worker.timers().items()}
+
+        def worker(backend: str, threads: int, **environment: str) -> Worker:
+            made = Worker(timers_of, case, rule, device, (backend,), threads=threads, **environment)
+            return processes.enter_context(made)
+
+        tuned = worker("reference", options.threads, **TUNED) if cpu else None
+        counted = {"one thread": 1, "all threads": options.threads} if cpu and options.threads > 1 else {}
+        for label, process in {label: worker("cpp", threads) for label, threads in counted.items()}.items():
+            timers |= {f"{name}, {label}": timed for name, timed in process.timers().items()}
+        if tuned:
+            timers["eager tuned"] = tuned.timers()["eager"]
         times = in_turns(timers, case.rounds, options)
     machinery = hook_seconds() * case.depth
     return {

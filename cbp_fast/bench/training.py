@@ -80,13 +80,15 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
         allocators = {"stock": {}, "tuned": TUNED} if options.device == "cpu" else {"stock": {}}
         rule = options.rule or "nature"
         with ExitStack() as processes:
-            timers = {}
+            workers = {}
             for name, environment in allocators.items():
                 # once: in the setting that serves it best
                 compiled = case.compiled and options.compiled and name == list(allocators)[-1]
                 worker = Worker(timers_of, case, rule, options.device, compiled, threads=options.threads, **environment)
-                for method, timed in processes.enter_context(worker).timers().items():
-                    timers[method, name] = timed
+                workers[name] = processes.enter_context(worker)
+            timers = {
+                (method, name): timed for name, worker in workers.items() for method, timed in worker.timers().items()
+            }
             times = in_turns(timers, case.rounds, options)
         yield _table(case, times, options, list(allocators))
 
