@@ -31,7 +31,7 @@ def plot(folder: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Pa
     from matplotlib.figure import Figure
 
     device = about["cpu"] if about["device"] == "cpu" else about["device"]
-    note = f"{device}, {about['threads']} threads, PyTorch {about['torch']}"
+    note = f"{device}, {about['threads']} thread(s), PyTorch {about['torch']}"
     pictures = {
         "time_against_width": (_width, [r for r in rows if _is_width(r)]),
         "share_of_training": (_share, [r for r in rows if r.share is not None]),
@@ -49,7 +49,7 @@ def plot(folder: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Pa
 
 
 def _is_width(r: Row) -> bool:
-    return r.suite == "kernels" and r.case.endswith("float32") and r.case.startswith(("1 x ", "2 x "))
+    return r.suite == "kernels" and r.case.endswith("float32") and r.case[1:].startswith(f" x {r.x},")
 
 
 def _of(rows: Iterable[Row], **fields: object) -> list[Row]:
