@@ -9,10 +9,12 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench test test-all test-integrations gpu sanitize lint format wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench bench-kernels results instructions test test-all test-integrations gpu sanitize lint format \
+	wheel check-wheel old-cpu clean FORCE
 
 help:
-	@echo "make demo | bench | test | test-all | test-integrations | gpu | sanitize | lint | format"
+	@echo "make demo | bench | bench-kernels | results | instructions"
+	@echo "     test | test-all | test-integrations | gpu | sanitize | lint | format"
 	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
@@ -20,6 +22,23 @@ demo: .venv/built
 
 bench: .venv/built
 	$(BIN)/python -m cbp_fast bench $(ARGS)
+
+# pytest-benchmark's own statistics of every operation
+bench-kernels: .venv/built
+	$(BIN)/pytest benchmarks $(ARGS)
+
+# All that README shows, in minutes; wants a machine with nothing else to do. ccbp-pytorch is one of the peers.
+RESULTS := benchmarks/results
+results: .venv/built
+	$(BIN)/pip install --quiet --constraint .venv/torch.txt ccbp-pytorch
+	$(BIN)/cbp-fast bench --suite all --json $(RESULTS)/bench.json --csv $(RESULTS)/bench.csv --plot $(RESULTS) \
+		| tee $(RESULTS)/bench.txt
+	$(BIN)/cbp-fast bench --threads 2 --no-compile --json $(RESULTS)/bench_two_threads.json \
+		--csv $(RESULTS)/bench_two_threads.csv | tee $(RESULTS)/bench_two_threads.txt
+
+# under valgrind, which has to be installed; ARGS=--write keeps the counts
+instructions: .venv/built
+	$(BIN)/python benchmarks/instructions.py $(ARGS)
 
 test: .venv/built
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

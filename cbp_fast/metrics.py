@@ -1,9 +1,29 @@
-"""What loss of plasticity looks like from outside: dormant units, rank of a representation, size of the weights."""
+"""What loss of plasticity looks like: dormant units, rank of a representation, size of the weights, ages, utilities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .reference import by_unit, columns_of
+from .state import Slot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .continual_backprop import ContinualBackprop
+
+_SCALARS = {
+    "dormant": "share of dormant units",
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+    "weight_magnitude": "mean weight magnitude",
+}
+_BINS = 30
 
 
 @torch.no_grad()
@@ -90,6 +110,180 @@ def weight_magnitude(model: nn.Module) -> Tensor:
         raise ValueError("weight_magnitude: the model has no parameter")
     total = torch.stack([p.abs().sum(dtype=torch.float64).cpu() for p in parameters]).sum()
     return total / sum(p.numel() for p in parameters)
+
+
+class Writer(Protocol):
+    """What of TensorBoard's SummaryWriter is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+        """Takes one number."""
+
+    def add_histogram(self, tag: str, values: Tensor, global_step: int) -> object:
+        """Takes a tensor of values."""
+
+
+class Monitor:
+    """Plasticity of a network under continual backprop, measured every so many steps.
+
+    Call `step()` after every step of the optimizer. A measurement looks at the last training forward before it, through
+    hooks that are on the reading layers for that step only; in between a step costs an addition and a comparison. A
+    model compiled by `torch.compile` runs no later hooks: of it only weights, ages and utilities are measured.
+
+    Args:
+        cbp: attached to the network.
+        every: steps from one measurement to the next.
+        tau: as of `dormant_units`.
+        samples: rows of a forward, taken evenly, on which ranks and dormant units are measured.
+        writer: a `SummaryWriter`, or anything with `add_scalar` and `add_histogram`, that gets every measurement.
+
+    Attributes:
+        history: the measurements, made of plain numbers, strings, dicts and lists, as `json.dump` takes them: "step",
+            "weight_magnitude" of the model, and "groups": by name "dormant" (share), "effective_rank", "stable_rank",
+            "replaced" (units so far), and "age" and "utility" as {"counts": [...], "edges": [...]}.
+
+    Raises:
+        ValueError: `every` or `samples` is not a positive integer, or `tau` is negative.
+
+    Example:
+        >>> monitor = Monitor(cbp, every=1000)
+        >>> for x, y in stream:
+        ...     F.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+        ...     monitor.step()
+    """
+
+    def __init__(
+        self,
+        cbp: ContinualBackprop,
+        every: int = 1000,
+        *,
+        tau: float = 0.0,
+        samples: int = 512,
+        writer: Writer | None = None,
+    ) -> None:
+        for name, value in (("every", every), ("samples", samples)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Monitor: {name} is {value!r}, must be a positive integer")
+        if not tau >= 0:
+            raise ValueError(f"Monitor: tau is {tau}, must be 0 or more")
+        self.history: list[dict[str, Any]] = []
+        self._cbp, self._every, self._tau, self._samples, self._writer = cbp, every, tau, samples, writer
+        self._steps = 0
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[int, tuple[Slot, Tensor]] = {}
+        self._watch_if_next()
+
+    @torch.no_grad()
+    def step(self) -> dict[str, Any] | None:
+        """Counts a step; returns the measurement if one was due."""
+        self._steps += 1
+        measured = None
+        if self._steps % self._every == 0:
+            measured = self._measure()
+            self.history.append(measured)
+        self._watch_if_next()
+        return measured
+
+    def remove(self) -> None:
+        """Takes its hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _watch_if_next(self) -> None:
+        self.remove()
+        self._seen = {}
+        if (self._steps + 1) % self._every == 0:
+            slots = self._cbp._engine.state.slots
+            self._handles = [s.module.register_forward_pre_hook(self._watcher(s), with_kwargs=True) for s in slots]
+
+    def _watcher(self, slot: Slot) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        @torch.no_grad()
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training:
+                h = columns_of(args[0] if args else kwargs["input"], slot).flatten(0, 1)
+                # a copy: what follows may change it in place
+                self._seen[slot.group] = slot, h[:: -(-len(h) // self._samples)].clone()
+
+        return watch
+
+    def _measure(self) -> dict[str, Any]:
+        cbp, state = self._cbp, self._cbp._engine.state
+        step, magnitude = int(state.step), weight_magnitude(cbp._model).item()
+        groups: dict[str, dict[str, Any]] = {}
+        replaced, values = cbp.num_replaced, {"age": cbp.age, "utility": cbp.utility}
+        for g, layout in enumerate(state.layouts):
+            group: dict[str, Any] = {}
+            if g in self._seen:
+                group |= self._representation(*self._seen[g])
+            group["replaced"] = replaced[layout.name]
+            for name, of_groups in values.items():
+                group[name] = _histogram(of_groups[layout.name])
+            groups[layout.name] = group
+        if self._writer is not None:
+            self._writer.add_scalar("weight_magnitude", magnitude, step)
+            for name, group in groups.items():
+                for key, value in group.items():
+                    if key in values:
+                        self._writer.add_histogram(f"{name}/{key}", values[key][name], step)
+                    else:
+                        self._writer.add_scalar(f"{name}/{key}", value, step)
+        return {"step": step, "weight_magnitude": magnitude, "groups": groups}
+
+    def _representation(self, slot: Slot, h: Tensor) -> dict[str, float]:
+        """Of the sampled features `[samples, columns]` that one reader saw."""
+        columns = by_unit(torch.arange(h.shape[1], device=h.device), slot)
+        dormant = dormant_units(h[:, columns.T], self._tau)
+        return {
+            "dormant": dormant.float().mean().item(),
+            "effective_rank": effective_rank(h).item(),
+            "stable_rank": stable_rank(h).item(),
+        }
+
+
+def plot(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws what a `Monitor` has measured: ranks, dormant units and weights over time, and the last histograms.
+
+    Args:
+        history: `Monitor.history`, or the same read back from a file.
+
+    Returns:
+        A figure of matplotlib, which has to be installed; `.savefig(path)` writes it.
+
+    Raises:
+        ValueError: `history` is empty.
+    """
+    if not history:
+        raise ValueError("plot: the history is empty")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    for panel, (key, title) in zip(panels, _SCALARS.items(), strict=False):
+        if key in history[0]:
+            panel.plot([m["step"] for m in history], [m[key] for m in history], color="black")
+        for name in history[-1]["groups"]:
+            points = [(m["step"], m["groups"][name][key]) for m in history if key in m["groups"].get(name, {})]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name)
+        panel.set(title=title, xlabel="step")
+        panel.set_ylim(bottom=0)
+    for panel, key in zip(list(figure.axes)[len(_SCALARS) :], ("age", "utility"), strict=True):
+        for name, group in history[-1]["groups"].items():
+            panel.stairs(group[key]["counts"], group[key]["edges"], label=name)
+        panel.set(title=f"{key} of units at step {history[-1]['step']}", xlabel=key, ylabel="units")
+    if len(history[-1]["groups"]) <= 12:
+        figure.axes[-1].legend(title="group")
+    return figure
+
+
+def _histogram(values: Tensor) -> dict[str, list[float]]:
+    values = values.float()
+    low, high = values.min().item(), values.max().item()
+    # equal values fall into one bin of width 1
+    high = high if high > low else low + 1
+    counts = torch.histc(values, _BINS, low, high)
+    return {"counts": counts.tolist(), "edges": torch.linspace(low, high, _BINS + 1).tolist()}
 
 
 def _samples(name: str, h: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """`cbp_fast.metrics` against NumPy's SVD and hand-computed cases."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from cbp_fast.metrics import dormant_units, effective_rank, stable_rank, weight_magnitude
+import cbp_fast
+from cbp_fast.metrics import Monitor, dormant_units, effective_rank, plot, stable_rank, weight_magnitude
 
 NAN, INF = math.nan, math.inf
 
@@ -130,3 +132,167 @@ def test_nothing_here_is_differentiated():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Recorder:
+    """A stand-in for TensorBoard's SummaryWriter."""
+
+    def __init__(self):
+        self.scalars, self.histograms = {}, {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag, step] = value
+
+    def add_histogram(self, tag, values, step):
+        self.histograms[tag, step] = values.tolist()
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(2, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(24, 5), torch.nn.ReLU())
+    return torch.nn.Sequential(*layers, torch.nn.Linear(5, 3))
+
+
+def attached(model=None):
+    model = convolutional() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"replacement_rate": 0.1, "maturity_threshold": 2}
+    return model, optimizer, cbp_fast.ContinualBackprop(model, optimizer, **options)
+
+
+def train(model, optimizer, monitor, steps, batch=7):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(batch, 2, 4, 4, generator=generator)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        monitor.step()
+    return x
+
+
+def test_a_monitor_measures_at_its_interval_what_the_last_forward_showed():
+    model, optimizer, cbp = attached()
+    # frozen, so that the last forward can be repeated
+    optimizer.param_groups[0]["lr"] = 0.0
+    cbp.replacement_rate = 0.0
+    monitor = Monitor(cbp, every=3, tau=0.9)
+    x = train(model, optimizer, monitor, 3)
+    train(model, optimizer, monitor, 2)
+    (measured,) = monitor.history
+    assert measured["step"] == 3
+    assert measured["weight_magnitude"] == weight_magnitude(model).item()
+    with torch.no_grad():
+        features = model[:3](x)
+        hidden = model[:5](x)
+    by_unit = features.unflatten(1, (6, 4)).abs().mean((0, 2))
+    for name, h, magnitude in (("0", features, by_unit), ("3", hidden, hidden.abs().mean(0))):
+        group = measured["groups"][name]
+        assert group["effective_rank"] == pytest.approx(numpy_effective_rank(h.double().numpy()), rel=1e-6)
+        assert group["stable_rank"] == numpy_stable_rank(h.double().numpy(), 0.99)
+        assert group["dormant"] == pytest.approx((magnitude <= 0.9 * magnitude.mean()).double().mean().item())
+        assert 0 < group["dormant"] < 1
+
+
+def test_a_monitor_counts_ages_utilities_and_replaced_units():
+    model, optimizer, cbp = attached()
+    monitor = Monitor(cbp, every=8)
+    train(model, optimizer, monitor, 8)
+    for name, group in monitor.history[0]["groups"].items():
+        assert group["replaced"] == cbp.num_replaced[name] > 0
+        # 30 bins, more than there are ages
+        counts = [n for n in group["age"]["counts"] if n]
+        assert counts == cbp.age[name].unique(return_counts=True)[1].tolist()
+        for key, values in (("age", cbp.age[name]), ("utility", cbp.utility[name])):
+            assert sum(group[key]["counts"]) == len(values)
+            assert (group[key]["edges"][0], group[key]["edges"][-1]) == (values.min().item(), values.max().item())
+
+
+def test_a_monitor_looks_at_an_even_share_of_the_samples():
+    model, optimizer, cbp = attached()
+    monitor = Monitor(cbp, every=1, samples=4)
+    optimizer.param_groups[0]["lr"] = 0.0
+    cbp.replacement_rate = 0.0
+    x = train(model, optimizer, monitor, 1, batch=10)
+    with torch.no_grad():
+        sampled = model[:5](x)[::3]
+    effective = monitor.history[0]["groups"]["3"]["effective_rank"]
+    assert effective == pytest.approx(numpy_effective_rank(sampled.double().numpy()), rel=1e-6)
+
+
+def test_a_monitor_is_off_the_model_between_measurements_and_after_remove():
+    model, optimizer, cbp = attached()
+    monitor = Monitor(cbp, every=3)
+    hooks = lambda: [len(m._forward_pre_hooks) for m in model]  # noqa: E731
+    bare = hooks()
+    train(model, optimizer, monitor, 1)
+    assert hooks() == bare
+    train(model, optimizer, monitor, 1)
+    assert hooks() != bare
+    monitor.remove()
+    assert hooks() == bare
+
+
+def test_a_monitor_changes_nothing_in_the_run(everything):
+    plain, watched = attached(), attached()
+    monitor = Monitor(watched[2], every=2, writer=Recorder())
+    train(*plain[:2], Monitor(plain[2], every=10**9), 6)
+    train(*watched[:2], monitor, 6)
+    assert len(monitor.history) == 3
+    assert everything(*plain) == everything(*watched)
+
+
+def test_forwards_outside_training_are_not_measured():
+    model, optimizer, cbp = attached()
+    monitor = Monitor(cbp, every=1)
+    model.eval()(torch.zeros(3, 2, 4, 4))
+    model.train()
+    assert "dormant" not in monitor.step()["groups"]["0"]
+    train(model, optimizer, monitor, 1)
+    before = monitor.history[-1]["groups"]["0"]
+    assert before["dormant"] == 0
+
+
+def test_a_writer_gets_every_measurement():
+    model, optimizer, cbp = attached()
+    writer = Recorder()
+    monitor = Monitor(cbp, every=2, writer=writer)
+    train(model, optimizer, monitor, 4)
+    assert {step for _, step in writer.scalars} == {2, 4}
+    for measured in monitor.history:
+        step = measured["step"]
+        assert writer.scalars["weight_magnitude", step] == measured["weight_magnitude"]
+        for name, group in measured["groups"].items():
+            for key in ("dormant", "effective_rank", "stable_rank", "replaced"):
+                assert writer.scalars[f"{name}/{key}", step] == group[key]
+    assert writer.histograms["3/age", 4] == cbp.age["3"].tolist()
+    assert writer.histograms["0/utility", 4] == cbp.utility["0"].tolist()
+
+
+def test_the_history_is_plain_and_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    model, optimizer, cbp = attached()
+    monitor = Monitor(cbp, every=2)
+    train(model, optimizer, monitor, 6)
+    figure = plot(json.loads(json.dumps(monitor.history)))
+    steps = [m["step"] for m in monitor.history]
+    ranks = figure.axes[1].lines
+    assert [line.get_label() for line in ranks] == ["0", "3"]
+    assert ranks[1].get_xdata().tolist() == steps
+    assert ranks[1].get_ydata().tolist() == [m["groups"]["3"]["effective_rank"] for m in monitor.history]
+    figure.savefig(tmp_path / "plasticity.png")
+    assert (tmp_path / "plasticity.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cbp: Monitor(cbp, every=0), "every is 0, must be a positive integer"),
+        (lambda cbp: Monitor(cbp, samples=1.5), "samples is 1.5"),
+        (lambda cbp: Monitor(cbp, tau=NAN), "tau is nan"),
+        (lambda cbp: plot([]), "the history is empty"),
+    ],
+)
+def test_bad_arguments_of_a_monitor(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(attached()[2])

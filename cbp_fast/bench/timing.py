@@ -1,0 +1,180 @@
+"""Times taken in turns, so that a slow spell of the machine hits everything that is compared."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+Name = TypeVar("Name", str, tuple[str, str])
+
+# glibc returns large blocks to the system when they are freed; kept, the reference's temporaries cost no page faults
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
+_WARM_UP = 3
+
+
+@dataclass
+class Options:
+    """What all suites are told.
+
+    Attributes:
+        rule: None: the suite's own.
+        compiled: whether `torch.compile` takes part; it takes minutes.
+        cases: names of the cases to time; None: all.
+        seconds: after which a case is cut short; its median then stands on fewer rounds.
+        tick: called with the number of a case's rounds that are over.
+    """
+
+    threads: int = 1
+    device: str = "cpu"
+    rule: str | None = None
+    compiled: bool = True
+    cases: list[str] | None = None
+    seconds: float = 20.0
+    tick: Callable[[int], object] = lambda rounds: None
+
+
+class Row(NamedTuple):
+    """One measured time: a line of the CSV.
+
+    Attributes:
+        op: what of the case is timed.
+        x: the case's place on the axis of the suite's plot.
+        bytes: that it must at least read and write.
+        share: of the training step that it is part of.
+        low, median, high: 10th, 50th and 90th percentile in microseconds.
+    """
+
+    suite: str
+    case: str
+    op: str
+    method: str
+    x: float
+    bytes: int
+    rounds: int
+    low: float
+    median: float
+    high: float
+    share: float | None = None
+
+
+def row(
+    suite: str,
+    case: str,
+    op: str,
+    method: str,
+    seconds: list[float],
+    *,
+    x: float = 0,
+    moved: int = 0,
+    share: float | None = None,
+) -> Row:
+    """The row of a list of times."""
+    deciles = quantiles(seconds, n=10) if len(seconds) > 1 else seconds
+    low, middle, high = (1e6 * t for t in (deciles[0], median(seconds), deciles[-1]))
+    return Row(suite, case, op, method, x, moved, len(seconds), low, middle, high, share)
+
+
+def in_turns(timers: Mapping[Name, Callable[[], T]], rounds: int, options: Options) -> dict[Name, list[T]]:
+    """What each timer returns, `rounds` times, or fewer, but three, where that takes longer than `options.seconds`."""
+    for _ in range(_WARM_UP):
+        for timer in timers.values():
+            timer()
+    results: dict[Name, list[T]] = {name: [] for name in timers}
+    end = time.perf_counter() + options.seconds
+    for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() > end:
+            options.tick(rounds - turn)
+            break
+        for name, timer in timers.items():
+            results[name].append(timer())
+        options.tick(1)
+    return results
+
+
+def timer(step: Callable[[], object], device: str = "cpu", calls: int = 1) -> Callable[[], float]:
+    """A function that does `step` `calls` times and returns the seconds that each took."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def timed() -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    return timed
+
+
+class Worker:
+    """A process with its own allocator or number of threads; `timers()` are those that `build(*args)` returns there.
+
+    Args:
+        build: a function of a module, so that the process can import it.
+        threads: of PyTorch.
+        environment: variables of the process.
+    """
+
+    def __init__(
+        self, build: Callable[..., Mapping[str, Callable[[], Any]]], *args: Any, threads: int, **environment: str
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, threads, build, args), daemon=True)
+        # the allocator reads them when the process starts
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        # an end that nobody writes to: a process that dies is then an EOFError here
+        there.close()
+
+    def timers(self) -> dict[str, Callable[[], Any]]:
+        """The process's timers by name."""
+        names: list[str] = self._pipe.recv()
+        return {name: lambda name=name: self._ask(name) for name in names}  # type: ignore[misc]
+
+    def _ask(self, name: str) -> Any:
+        self._pipe.send(name)
+        return self._pipe.recv()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, threads: int, build: Callable[..., Mapping[str, Callable[[], Any]]], args: tuple[Any]) -> None:
+    torch.set_num_threads(threads)
+    timers = build(*args)
+    pipe.send(list(timers))
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(timers[name]())
+
+
+def hook_seconds() -> float:
+    """Seconds that PyTorch itself takes to call a forward pre-hook that does nothing."""
+    plain, hooked = nn.Identity(), nn.Identity()
+    hooked.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    x = torch.zeros(1)
+    timers = {name: timer(lambda m=m: m(x), calls=20) for name, m in (("plain", plain), ("hooked", hooked))}  # type: ignore[misc]
+    times = in_turns(timers, 200, Options())
+    return median(times["hooked"]) - median(times["plain"])
