@@ -14,7 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from .ops import BACKENDS, backend_for
+from .ops import backend_for, module_of
 from .optimizer_state import slots_of
 from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
@@ -54,7 +54,7 @@ class Engine:
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
-        self.backend = backend_for(device, backend)
+        self.backend = backend_for(device, backend, rule)
         self.groups = list(groups)
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
@@ -69,7 +69,7 @@ class Engine:
 
     @property
     def _functions(self) -> ModuleType:
-        return BACKENDS[self.backend]
+        return module_of(self.backend)
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -209,7 +209,7 @@ class Engine:
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
-        self.backend = backend_for(device, self._wanted)
+        self.backend = backend_for(device, self._wanted, self.state.rule)
         self.state.to(device)
         self.forget_forwards()
 
