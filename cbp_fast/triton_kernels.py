@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,15 +20,19 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(tl.constexpr, range(4))
 # sizes; one that sums along neighbours has them the other way round
 WIDE, NARROW = tl.constexpr(128), tl.constexpr(16)
 # elements that one program of `reinit` sets at once; units that are chosen from at once
-BLOCK = tl.constexpr(1024)
+BLOCK = tl.constexpr(256)
 # up to this many units are chosen one by one, more of them by a radix select
 FEW = tl.constexpr(8)
 
 
+# with contraction, the same formula would round differently from one compiler to the next; left to itself, ptxas spills
+# what the choice needs to have a few more programs beside each other
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, **({} if torch.version.hip else {"maxnreg": 128})}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], meta: Mapping[str, Any]) -> None:
     """Run a kernel; every launch goes through here."""
-    # with contraction, the same formula would round differently from one compiler to the next
-    kernel[grid](*args, **meta, enable_fp_fusion=False)
+    kernel[grid](*args, **meta, **OPTIONS)
 
 
 class Job(NamedTuple):
@@ -242,12 +247,11 @@ def _sum_block(job, address, block, split, workspace, counters, KINDS: tl.conste
             mask = (i < outputs) & (tl.arange(0, WIDE) < width)
             sums = tl.zeros([WIDE], tl.float64)
             for s in range(splits):
+                part = partial + (s * outputs + i) * tl.where(kind // 4 == FLOAT64, 8, 4)
                 if kind // 4 == FLOAT64:
-                    at = _pointer(partial, tl.float64) + s * outputs + i
-                    sums += tl.load(at, mask, 0, cache_modifier=".cg")
+                    sums += tl.load(_pointer(part, tl.float64), mask, 0, cache_modifier=".cg")
                 else:
-                    at = _pointer(partial, tl.float32) + s * outputs + i
-                    sums += tl.load(at, mask, 0, cache_modifier=".cg").to(tl.float64)
+                    sums += tl.load(_pointer(part, tl.float32), mask, 0, cache_modifier=".cg").to(tl.float64)
             tl.store(_pointer(total, tl.float64) + i, sums, mask)
     return complete
 
@@ -277,7 +281,7 @@ def _bias_correction(age, log_decay):
     # Taylor's series of -expm1(x) / -x; at x = -0.5 its next term is 2e-18 of the whole
     series = tl.full(x.shape, 1.0, tl.float64)
     for n in tl.static_range(16, 1, -1):
-        series = 1.0 + x / n * series
+        series = 1.0 + x * (1.0 / n) * series
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
@@ -337,14 +341,14 @@ def _choose_many(keys, units, k, chosen, is_chosen):
     for bit in range(32):
         tl.debug_barrier()
         zeros = tl.full([], 0, tl.int32)
-        for first in range(0, k, BLOCK):
-            j = first + tl.arange(0, BLOCK)
+        for start in range(0, k, BLOCK):
+            j = start + tl.arange(0, BLOCK)
             one = (tl.load(source + j, j < k, 0) >> 32) + 0x80000000 >> bit & 1
             zeros += tl.sum(((j < k) & (one == 0)).to(tl.int32), 0)
         if (zeros > 0) & (zeros < k):
             low, high = tl.full([], 0, tl.int32), zeros
-            for first in range(0, k, BLOCK):
-                j = first + tl.arange(0, BLOCK)
+            for start in range(0, k, BLOCK):
+                j = start + tl.arange(0, BLOCK)
                 key = tl.load(source + j, j < k, 0)
                 one = ((key >> 32) + 0x80000000 >> bit & 1) == 1
                 is_low, is_high = ((j < k) & ~one).to(tl.int32), ((j < k) & one).to(tl.int32)
@@ -354,8 +358,8 @@ def _choose_many(keys, units, k, chosen, is_chosen):
                 high += tl.sum(is_high, 0)
             source, target = target, source
     tl.debug_barrier()
-    for first in range(0, k, BLOCK):
-        j = first + tl.arange(0, BLOCK)
+    for start in range(0, k, BLOCK):
+        j = start + tl.arange(0, BLOCK)
         tl.store(chosen + j, tl.load(source + j, j < k, 0).to(tl.int32), j < k)
 
 
@@ -543,8 +547,8 @@ def _choose(
         tl.store(counts + r, 0)
         sums = _pointer(tl.load(addresses + A_ACTIVATION), tl.float64) + tl.load(reader + R_COLUMN)
         columns = units * tl.load(reader + R_PER_UNIT)
-        for first in range(0, columns, BLOCK):
-            c = first + tl.arange(0, BLOCK)
+        for start in range(0, columns, BLOCK):
+            c = start + tl.arange(0, BLOCK)
             tl.store(sums + c, 0.0, c < columns)
     return reached
 
@@ -684,8 +688,8 @@ def _normal(element, seed, step, stream):
     x = (4.0 * turns - quarter) * tl.full([], 1.5707963267948966, tl.float64)
     sine, cosine = tl.full(x.shape, 1.0, tl.float64), tl.full(x.shape, 1.0, tl.float64)
     for n in tl.static_range(16, 0, -2):
-        cosine = 1.0 - x * x / (n * (n - 1)) * cosine
-        sine = 1.0 - x * x / (n * (n + 1)) * sine
+        cosine = 1.0 - x * x * (1.0 / (n * (n - 1))) * cosine
+        sine = 1.0 - x * x * (1.0 / (n * (n + 1))) * sine
     # a sine is the cosine of a quarter turn less
     turn = quarter.to(tl.int64) - (element & 1)
     value = tl.where(turn & 1 == 0, cosine, -sine * x)
@@ -728,9 +732,9 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
         across = tl.where(axis == 0, columns, rows)
         value = tl.load(target + T_VALUE).to(tl.float64, bitcast=True)
         first_mask, last_mask = tl.load(target + T_FIRST_MASK), tl.load(target + T_FIRST_MASK) + tl.load(target + T_MASKS)
-        first, every = tl.load(tile + 1).to(tl.int64) * BLOCK, tl.load(target + T_PROGRAMS) * BLOCK
-        for start in range(first, num_chosen * elements, every):
-            q = start + tl.arange(0, BLOCK)
+        start, every = tl.load(tile + 1).to(tl.int64) * BLOCK, tl.load(target + T_PROGRAMS) * BLOCK
+        for begin in range(start, num_chosen * elements, every):
+            q = begin + tl.arange(0, BLOCK)
             n = q // elements
             mask = n < num_chosen
             # element q of those that are set: of unit j, its position p, entry e of the other axis, place k behind
