@@ -223,20 +223,32 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
 
 
 @triton.jit
+def _store_sums(
+    job, address, block, split, kind, partial, total, KINDS: tl.constexpr, KIND: tl.constexpr, BIT: tl.constexpr
+):
+    """`_tile_sums` by the run-time kind, bit by bit; a chain of cases would become a table of jumps."""
+    if BIT > 0:
+        if kind & BIT != 0:
+            _store_sums(job, address, block, split, kind, partial, total, KINDS, KIND + BIT, BIT // 2)
+        else:
+            _store_sums(job, address, block, split, kind, partial, total, KINDS, KIND, BIT // 2)
+    elif KINDS >> KIND & 1:
+        sums = _tile_sums(job, address, block, split, KIND)
+        i = block * sums.shape[0] + tl.arange(0, sums.shape[0])
+        outputs = tl.load(job + J_OUTPUTS)
+        if tl.load(job + J_SPLITS) == 1:
+            tl.store(_pointer(total, tl.float64) + i, sums.to(tl.float64), i < outputs)
+        else:
+            tl.store(_pointer(partial, sums.dtype) + split * outputs + i, sums, i < outputs)
+
+
+@triton.jit
 def _sum_block(job, address, block, split, workspace, counters, KINDS: tl.constexpr):
     """Sums of one block of outputs; True for the program that has them all in the workspace, as float64."""
     kind, outputs, splits = tl.load(job + J_KIND), tl.load(job + J_OUTPUTS), tl.load(job + J_SPLITS)
     partial, total = workspace + tl.load(job + J_PARTIAL), workspace + tl.load(job + J_TOTAL)
     width = tl.where(kind // 2 % 2 == 1, NARROW, WIDE)
-    for KIND in tl.static_range(16):
-        if KINDS >> KIND & 1:
-            if kind == KIND:
-                sums = _tile_sums(job, address, block, split, KIND)
-                i = block * sums.shape[0] + tl.arange(0, sums.shape[0])
-                if splits == 1:
-                    tl.store(_pointer(total, tl.float64) + i, sums.to(tl.float64), i < outputs)
-                else:
-                    tl.store(_pointer(partial, sums.dtype) + split * outputs + i, sums, i < outputs)
+    _store_sums(job, address, block, split, kind, partial, total, KINDS, 0, 8)
     complete = splits == 1
     if splits > 1:
         counter = counters + tl.load(job + J_COUNTER) + block
@@ -275,14 +287,37 @@ def _unit_uniform(element, seed, step, stream):
 
 
 @triton.jit
+def _log(x):
+    """Natural logarithm of a float64 in (0, 1], to a few roundings of the result.
+
+    Of its own, as the compiler's libraries differ from one GPU to the next.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    # x = m * 2^exponent with m in [sqrt(1/2), sqrt(2))
+    exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+    m = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
+    # 2 artanh(s); s is at most 0.172
+    s = (m - 1.0) / (m + 1.0)
+    series = s * 0.0
+    for n in tl.static_range(23, 0, -2):
+        series = 1.0 / n + s * s * series
+    return exponent.to(tl.float64) * 0.6931471805599453 + 2.0 * s * series
+
+
+@triton.jit
 def _bias_correction(age, log_decay):
     """1 - exp(age * log_decay) for age >= 0 and log_decay <= 0, float64, to a few roundings of the result."""
-    x = age.to(tl.float64) * log_decay
-    # Taylor's series of -expm1(x) / -x; at x = -0.5 its next term is 2e-18 of the whole
-    series = tl.full(x.shape, 1.0, tl.float64)
-    for n in tl.static_range(16, 1, -1):
-        series = 1.0 + x * (1.0 / n) * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+    # what is below is 1 in float64
+    x = tl.maximum(age.to(tl.float64) * log_decay, -50.0)
+    # exp(x) = 2^n * (1 + r * series(r)) with r within log(2) / 2 of zero
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10
+    series = r * 0.0 + 1.0
+    for i in tl.static_range(15, 1, -1):
+        series = 1.0 + r * (1.0 / i) * series
+    power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    # nothing cancels: 1 - 2^n is exact, and 0 where the result is small
+    return (1.0 - power) - power * (r * series)
 
 
 @triton.jit
@@ -481,7 +516,7 @@ def _choose(
             high = tl.maximum(high, tl.where(finite, y, float("-inf")))
     least, span = tl.min(low, 0), tl.max(high, 0) - tl.min(low, 0) + tl.full([], 1e-8, U)
 
-    log_decay = tl.log(tl.where(decay > 0, decay, 1.0))
+    log_decay = _log(tl.where(decay > 0, decay, 1.0))
     eligible, candidates = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for first in range(0, units, BLOCK):
         j = first + tl.arange(0, BLOCK)
@@ -682,7 +717,7 @@ def _normal(element, seed, step, stream):
     radius = _unit_uniform(element & -2, seed, step, stream).to(tl.float64)
     turns = _unit_uniform(element | 1, seed, step, stream).to(tl.float64)
     # 1 - r is exact
-    radius = tl.sqrt(-2.0 * tl.log(1.0 - radius))
+    radius = tl.sqrt(-2.0 * _log(1.0 - radius))
     # the nearest quarter turn, and Taylor's series of sine and cosine within an eighth of a turn from it
     quarter = tl.floor(4.0 * turns + 0.5)
     x = (4.0 * turns - quarter) * tl.full([], 1.5707963267948966, tl.float64)
@@ -770,10 +805,11 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
                 new = tl.where(kind == UNIT, r, (2.0 * r - 1.0) * value.to(tl.float32))
             at = tl.load(target + T_ADDRESS)
             dtype = tl.load(target + T_DTYPE)
-            if dtype == FLOAT32:
-                tl.store(_pointer(at, tl.float32) + offset, new, mask)
-            elif dtype == FLOAT64:
-                tl.store(_pointer(at, tl.float64) + offset, new.to(tl.float64), mask)
+            if dtype >= FLOAT32:
+                if dtype == FLOAT32:
+                    tl.store(_pointer(at, tl.float32) + offset, new, mask)
+                else:
+                    tl.store(_pointer(at, tl.float64) + offset, new.to(tl.float64), mask)
             elif dtype == FLOAT16:
                 tl.store(_pointer(at, tl.float16) + offset, new.to(tl.float16), mask)
             else:
