@@ -10,7 +10,7 @@ import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -282,6 +282,22 @@ class _Sender:
         return self._target
 
 
+def meta_of(rule: Rule, wide: bool, flattened: bool) -> dict[str, Any]:
+    """What `select` is compiled for, besides the kinds of sums: a rule, float64 utilities, several columns a unit."""
+    return {
+        "ACTIVATION": rule.activation is not None,
+        "OUTGOING": (None, "sum", "mean").index(rule.outgoing),
+        "INCOMING": (None, "times_sum", "divide").index(rule.incoming),
+        "MIN_MAX": rule.name == "clarena",
+        "SCORE": int(rule.name == "clarena"),
+        "ACCRUAL": 2 if rule.name == "clarena" else int(rule.accrual == "all"),
+        "COUNT": 2 if rule.name == "clarena" else int(not rule.accumulate),
+        "WIDE_UTILITY": wide,
+        # tiles of units times positions: a single position would waste all but one of a tile's lanes
+        "POSITIONS": 32 if flattened else 1,
+    }
+
+
 class _Tables:
     """Everything that one state's launches need, but for the tensors of a step."""
 
@@ -310,20 +326,8 @@ class _Tables:
         self.captures: dict[object, _Plan] = {}
         self.targets: dict[object, _Targets] = {}
         self.captured: list[object] = []
-        rule = state.rule
         self.wide = state.utility.dtype == torch.float64
-        self.meta = {
-            "ACTIVATION": rule.activation is not None,
-            "OUTGOING": (None, "sum", "mean").index(rule.outgoing),
-            "INCOMING": (None, "times_sum", "divide").index(rule.incoming),
-            "MIN_MAX": rule.name == "clarena",
-            "SCORE": int(rule.name == "clarena"),
-            "ACCRUAL": 2 if rule.name == "clarena" else int(rule.accrual == "all"),
-            "COUNT": 2 if rule.name == "clarena" else int(not rule.accumulate),
-            "WIDE_UTILITY": self.wide,
-            # tiles of units times positions: a single position would waste all but one of a tile's lanes
-            "POSITIONS": 32 if any(layout.columns_per_unit > 1 for layout in state.layouts) else 1,
-        }
+        self.meta = meta_of(state.rule, self.wide, any(layout.columns_per_unit > 1 for layout in state.layouts))
 
     def keep(self, entries: dict, key: object, value: object) -> None:
         """Put an entry into a table of tables, which forgets the oldest."""

@@ -166,18 +166,19 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
     ALIGNED: tl.constexpr = KIND % 2 == 1
     OUTPUTS: tl.constexpr = NARROW if ALONG else WIDE
     REDUCED: tl.constexpr = WIDE if ALONG else NARROW
+    # cast here, since what is said of the result of another function is lost on triton 3.8
     if TYPE == FLOAT64:
         VECTOR: tl.constexpr = 2
-        x = _pointer(address, tl.float64)
+        x = address.to(tl.pointer_type(tl.float64))
         total = tl.zeros([OUTPUTS, REDUCED] if ALONG else [REDUCED, OUTPUTS], tl.float64)
     else:
         VECTOR: tl.constexpr = 4 if TYPE == FLOAT32 else 8
         if TYPE == FLOAT32:
-            x = _pointer(address, tl.float32)
+            x = address.to(tl.pointer_type(tl.float32))
         elif TYPE == FLOAT16:
-            x = _pointer(address, tl.float16)
+            x = address.to(tl.pointer_type(tl.float16))
         else:
-            x = _pointer(address, tl.int16)
+            x = address.to(tl.pointer_type(tl.int16))
         total = tl.zeros([OUTPUTS, REDUCED] if ALONG else [REDUCED, OUTPUTS], tl.float32)
     outputs, inner = tl.load(job + J_OUTPUTS), tl.load(job + J_INNER)
     near, inner_stride = tl.load(job + J_NEAR), tl.load(job + J_INNER_STRIDE)
