@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .distributed import Processes
 from .dtensors import is_dtensor, local, local_activations
-from .ops import BACKENDS, backend_for
+from .ops import backend_for, module_of
 from .optimizer_state import slots_of
 from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
@@ -60,7 +60,7 @@ class Engine:
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
-        self.backend = backend_for(device, backend)
+        self.backend = backend_for(device, backend, rule, processes is not None)
         self.groups = list(groups)
         self.processes = processes
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def _functions(self) -> ModuleType:
-        return BACKENDS[self.backend]
+        return module_of(self.backend)
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -220,7 +220,7 @@ class Engine:
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
-        self.backend = backend_for(device, self._wanted)
+        self.backend = backend_for(device, self._wanted, self.state.rule, self.processes is not None)
         self.state.to(device)
         self.forget_forwards()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch.library import Library, fallthrough_kernel
+
+from .rules import Rule
 
 _library = Library("cbp_fast", "DEF")
 _library.define("capture_(Tensor(a!) state, Tensor plan, Tensor activations, int slot) -> ()")
@@ -23,19 +26,41 @@ _library.impl("capture_", lambda state, plan, activations, slot: None, "Meta")
 
 from . import cpp, reference  # noqa: E402 - importing the compiled module needs the schemas
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpp": cpp}
+BACKENDS = ("reference", "cpp", "triton")
 
 
-def backend_for(device: torch.device, name: str | None) -> str:
-    """The backend asked for, or the fastest one for a device.
+def module_of(backend: str) -> ModuleType:
+    """The functions of a backend; that of Triton is imported on first use."""
+    if backend == "triton":
+        from . import triton_backend
+
+        return triton_backend
+    return cpp if backend == "cpp" else reference
+
+
+def backend_for(device: torch.device, name: str | None, rule: Rule, several: bool = False) -> str:
+    """The backend asked for, or the fastest one for a device and a rule.
+
+    Args:
+        several: whether several processes train the model together.
 
     Raises:
-        ValueError: an unknown name, or a backend that does not serve the device.
+        ValueError: an unknown name, or a backend that does not serve the device or the rule.
+        ModuleNotFoundError: "triton" was asked for and is not installed.
     """
     if name is None:
-        return "cpp" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "cpp"
+        found = device.type == "cuda" and find_spec("triton") is not None
+        return "triton" if found and module_of("triton").why_not(rule, device, several) is None else "reference"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, must be one of {', '.join(BACKENDS)}, or None for the fastest")
     if name == "cpp" and device.type != "cpu":
         raise ValueError(f"backend 'cpp' serves CPU tensors and the model is on {device}; leave backend=None")
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise ModuleNotFoundError("backend 'triton' needs Triton: pip install triton, or leave backend=None")
+        why = module_of("triton").why_not(rule, device, several)
+        if why is not None:
+            raise ValueError(f"backend 'triton' {why}; leave backend=None")
     return name

@@ -1,6 +1,10 @@
 """One thread unless a test asks for more, repeatable property tests, and what several test files share."""
 
 import hashlib
+import os
+
+# read once, when Triton is imported; what compiles its kernels does so in a process of its own
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import numpy as np

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop
 from ..engine import Engine
-from ..ops import BACKENDS
+from ..ops import module_of
 from .networks import Network, build, chain, mlp
 from .step import backend_for_device
 from .timing import Options, Row, in_turns, row, timer
@@ -142,7 +142,7 @@ def operations(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        functions[backend], touched = _operation(case, engine, BACKENDS[backend], optimizer)
+        functions[backend], touched = _operation(case, engine, module_of(backend), optimizer)
         cbp.remove()
     buffers = [t if t.dtype == torch.float32 else torch.ones(t.nbytes // 4 or 1, device=device) for t in touched]
 

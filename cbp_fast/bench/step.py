@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..continual_backprop import ContinualBackprop
 from ..ops import backend_for
+from ..rules import Rule
 from .networks import build, mlp
 from .timing import TUNED, Options, Row, Worker, hook_seconds, in_turns, row, timer
 
@@ -102,7 +103,7 @@ _SPEEDUPS = [f"{name}, {threads}" for name in ("cpp", "read") for threads in ("o
 
 def backend_for_device(options: Options) -> str:
     """The backend that users get on the device."""
-    return backend_for(torch.device(options.device), None)
+    return backend_for(torch.device(options.device), None, Rule.make(options.rule or "nature"))
 
 
 def _ratio(times: dict[str, list[float]], name: str, threads: int) -> float:

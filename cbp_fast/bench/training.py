@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..continual_backprop import ContinualBackprop
 from ..ops import backend_for
+from ..rules import Rule
 from . import baselines
 from .networks import Network, build, conv_net, gpt, mlp, resnet18
 from .step import backend_for_device, compiled_select
@@ -151,7 +152,7 @@ def timers_of(case: Case, rule: str, device: str, compiled: bool) -> dict[str, C
     network = build(case.make, *case.numbers, device=device)
     state = torch.optim.Adam(network.model.parameters()).state
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    ours = backend_for(torch.device(device), None)
+    ours = backend_for(torch.device(device), None, Rule.nature())
     makers: dict[str, Callable[[Network, Optimizer, _Clock], Callable[[], object] | None]] = {
         "none": lambda network, optimizer, clock: optimizer.step,
         ours: partial(_ours, rule=rule, backend=ours),

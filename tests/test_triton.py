@@ -1,0 +1,469 @@
+"""The Triton backend in Triton's interpreter, against the reference and the compiled backend. conftest.py turns it on."""
+
+import math
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from test_kernels import cases, check_step_on_whole_numbers, gamma
+from torch import nn
+from triton.runtime import interpreter
+
+from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, triton_backend, triton_kernels
+
+SERVED = {
+    "nature": Rule.nature(),
+    "clarena": Rule.clarena(),
+    "contribution": Rule.gnt(),
+    "weight": Rule.gnt("weight"),
+    "adaptation": Rule.gnt("adaptation"),
+    "all": Rule.gnt(accrual="all", init="default"),
+    "coin": Rule.gnt(accumulate=False, init="xavier"),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def interpreter_arithmetic():
+    """The interpreter computes in NumPy, which would warn of what floating point does by design."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+served = cases(powers_of_two=True).filter(lambda case: case.rule in SERVED)
+
+
+def check_on_triton(case):
+    check_step_on_whole_numbers(case, "triton")
+
+
+test_step_on_whole_numbers = settings(max_examples=20)(given(served)(check_on_triton))
+test_many_steps_on_whole_numbers = pytest.mark.slow(settings(max_examples=600)(given(served)(check_on_triton)))
+
+
+def mlp(widths, dtypes=(torch.float32,), seed=0):
+    """Linear layers and ReLUs, each layer of the next type in turn."""
+    torch.manual_seed(seed)
+
+    class Cast(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            return x.to(self.dtype)
+
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        dtype = dtypes[i % len(dtypes)]
+        layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.ReLU()]
+        if len(dtypes) > 1:
+            layers.append(Cast(dtypes[(i + 1) % len(dtypes)]))
+    return nn.Sequential(*layers)
+
+
+def linear_groups(model):
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    return [UnitGroup(f"g{i}", [a], [b]) for i, (a, b) in enumerate(zip(layers, layers[1:], strict=False))]
+
+
+def attach(model, backend, *, optimizer=None, **options):
+    options = {"replacement_rate": 0.2, "maturity_threshold": 1, "seed": 7, **options}
+    return ContinualBackprop(model, optimizer, backend=backend, **options)
+
+
+def train(backend, rule, widths=(9, 17, 12, 3), steps=3, dyadic=False, dtypes=(torch.float32,), **options):
+    """A short training run; all that it leaves and chose. Dyadic: every step on new whole numbers, no learning."""
+    model = mlp(widths, dtypes)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0 if dyadic else 0.05, momentum=0.5)
+    options.setdefault("groups", linear_groups(model))
+    cbp = attach(model, backend, optimizer=optimizer, rule=rule, **options)
+    generator = torch.Generator().manual_seed(1)
+    chosen = []
+    for _ in range(steps):
+        shape = (8, widths[0])
+        x = torch.randint(-2, 3, shape, generator=generator) if dyadic else torch.randn(shape, generator=generator)
+        for p in model.parameters() if dyadic else ():
+            p.data.copy_(torch.randint(-2, 3, p.shape, generator=generator))
+        optimizer.zero_grad()
+        model(x.to(dtypes[0])).float().square().mean().backward()
+        optimizer.step()
+        chosen.append({name: units.tolist() for name, units in cbp.last_replaced.items()})
+    return model, optimizer, cbp, chosen
+
+
+def assert_same_run(mine, theirs, rtol=0.0):
+    (a, a_optimizer, a_cbp, a_chosen), (b, b_optimizer, b_cbp, b_chosen) = mine, theirs
+    assert a_chosen == b_chosen
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert torch.equal(a_optimizer.state[p]["momentum_buffer"], b_optimizer.state[q]["momentum_buffer"]), name
+    for name, utility in a_cbp.utility.items():
+        torch.testing.assert_close(utility, b_cbp.utility[name], rtol=rtol, atol=0)
+        assert torch.equal(a_cbp.age[name], b_cbp.age[name])
+    for field in ("step", "num_replaced", "count"):
+        assert torch.equal(getattr(a_cbp._engine.state, field), getattr(b_cbp._engine.state, field)), field
+
+
+@pytest.mark.parametrize(
+    ("rule", "capture"), [*((rule, "deferred") for rule in SERVED), ("nature", "inline"), ("clarena", "inline")]
+)
+def test_training_is_that_of_the_compiled_backend(rule, capture):
+    widths = (20, 20, 17, 3)
+    runs = [train(b, SERVED[rule], widths, capture=capture, maturity_threshold=0) for b in ("triton", "cpp")]
+    assert sum(len(units) for step in runs[0][3] for units in step.values()) > 3
+    # a chain of at most 33 additions in float32, and of as many steps in the average
+    assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float64,), DTYPES], ids=["bf16", "f64", "mixed"])
+@pytest.mark.parametrize("rule", ["nature", "clarena"])
+def test_training_in_other_types(rule, dtypes):
+    runs = [train(b, SERVED[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0) for b in ("triton", "cpp")]
+    assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
+
+
+@pytest.mark.parametrize("rule", ["nature", "contribution", "adaptation"])
+def test_training_on_whole_numbers_has_the_same_bits(rule):
+    runs = [train(b, SERVED[rule], dyadic=True, decay_rate=0.5) for b in ("triton", "cpp")]
+    assert_same_run(*runs)
+
+
+def engine_of(groups, rule=None, **options):
+    members = [m.layer if isinstance(m, Part) else m for group in groups for role in group for m in role]
+    model = nn.ModuleList(dict.fromkeys(members))
+    units = [UnitGroup(f"g{i}", *group) for i, group in enumerate(groups)]
+    options = {"replacement_rate": 0.5, "maturity_threshold": 0, "seed": 3, **options}
+    return ContinualBackprop(model, rule=rule or Rule.nature(), groups=units, **options)
+
+
+@pytest.mark.parametrize("units", [1, 127, 128, 129, 255, 256, 257, 600])
+def test_units_round_the_size_of_a_block(units):
+    """The k least of many, at and round the sizes where a kernel takes one more block."""
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(units)
+        reader = nn.Linear(units, 3)
+        reader.weight.data.copy_(torch.randint(-3, 4, reader.weight.shape))
+        cbp = engine_of([([nn.Linear(2, units)], [reader])], backend=backend)
+        cbp._engine.record(0, torch.randint(0, 3, (4, units)).float())
+        cbp.step()
+        results.append((cbp.last_replaced["g0"], cbp.utility["g0"], cbp.age["g0"]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert len(results[0][0]) == units // 2
+
+
+@pytest.mark.parametrize("rate", [3 / 600, 8 / 600, 9 / 600, 257 / 600, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_choice_is_a_stable_sort(rate, tied):
+    """Few are chosen one by one, many by radix; of equals the lower index, -0 as +0, and never what is not finite."""
+    units = 600
+    reader = nn.Linear(units, 1)
+    reader.weight.data.fill_(1.0)
+    cbp = engine_of([([nn.Linear(2, units)], [reader])], backend="triton", replacement_rate=rate, decay_rate=0.0)
+    # all exponents of float32, in no order
+    y = torch.randint(0, 5, (units,)).float() if tied else 2.0 ** torch.linspace(-140, 120, units)[torch.randperm(units)]
+    y[:: units // 7] = 0.0
+    y[5], y[77] = math.inf, math.nan
+    state = cbp._engine.state
+    # a negative zero is a utility that a user may load
+    state.utility[: units // 7 + 1] = -0.0
+    cbp._engine.record(0, y[None])
+    cbp.step()
+    finite = y.isfinite().nonzero()[:, 0]
+    order = finite[torch.sort(y[finite], stable=True).indices]
+    due = math.floor(rate * len(finite))
+    assert torch.equal(cbp.last_replaced["g0"], order[:due])
+
+
+def test_nothing_mature_and_nothing_reached():
+    runs = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        layers = [nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)]
+        groups = [([layers[0]], [layers[1]]), ([layers[1]], [layers[2]])]
+        cbp = engine_of(groups, backend=backend, maturity_threshold=2, replacement_rate=1.0)
+        before = [p.clone() for layer in layers for p in layer.parameters()]
+        engine = cbp._engine
+        engine.record(0, torch.ones(2, 4))
+        cbp.step()
+        # an empty batch is no forward
+        engine.record(1, torch.ones(0, 4))
+        cbp.step()
+        assert all(torch.equal(p, q) for p, q in zip(before, (p for l in layers for p in l.parameters()), strict=True))
+        state = engine.state
+        runs[backend] = [state.age.clone(), state.utility.clone(), state.step.clone(), state.pending.clone()]
+        assert state.age.tolist() == [1] * 4 + [0] * 4
+        assert state.step.item() == 1
+    for a, b in zip(*runs.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def spread(tensor, step=3):
+    """The same values with a gap after each."""
+    memory = torch.full((*tensor.shape, step), math.nan, dtype=tensor.dtype)
+    memory[..., 0] = tensor
+    return memory[..., 0]
+
+
+VIEWS = {
+    "dense": lambda h: h.contiguous(),
+    "channels last": lambda h: h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.mT.contiguous().mT,
+    "gaps": spread,
+    "flipped axes": lambda h: h.permute(*range(h.dim())[::-1]).contiguous().permute(*range(h.dim())[::-1]),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "flattened", "by position"])
+@pytest.mark.parametrize("rule", ["nature", "adaptation"])
+def test_any_memory_layout(kind, view, rule):
+    """Sums of whole numbers have the reference's bits, wherever the numbers lie."""
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        producer = nn.Linear(8, 16) if kind == "linear" else nn.Conv2d(4, 16, 3)
+        reader, shape = {
+            "linear": (nn.Linear(16, 24), (2, 3, 16)),
+            "conv": (nn.Conv2d(16, 24, 3), (2, 16, 5, 4)),
+            "grouped": (nn.Conv2d(16, 8, (2, 3), groups=4), (2, 16, 5, 4)),
+            "flattened": (nn.Linear(16 * 5, 8), (4, 80)),
+            "by position": (nn.Linear(16 * 5 + 3, 8), (4, 83)),
+        }[kind]
+        h = torch.randint(-4, 5, shape).float()
+        out = Part(reader, 2, 5, 1, 16) if kind == "by position" else reader
+        for layer in (producer, reader):
+            values = torch.randint(-4, 5, layer.weight.shape).float()
+            layer.weight = nn.Parameter(VIEWS[view](values) if backend == "triton" else values)
+        cbp = engine_of([([producer], [out])], SERVED[rule], backend=backend, replacement_rate=0.3)
+        cbp._engine.record(0, VIEWS[view](h) if backend == "triton" else h)
+        cbp.step()
+        results.append([cbp.utility["g0"], cbp.last_replaced["g0"], producer.weight, producer.bias, reader.weight])
+    assert len(results[0][1]) == 4
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sums_that_are_split_among_programs():
+    """A long sum is divided; whoever comes last puts the parts together, in their order."""
+    for shape in ((600, 40), (3, 50, 7, 40), (2, 40, 9, 301)):
+        spatial = len(shape) == 4 and shape[1] == 40
+        results = []
+        for backend in ("triton", "reference"):
+            torch.manual_seed(0)
+            reader = nn.Conv2d(40, 2, 1) if spatial else nn.Linear(40, 2)
+            with torch.no_grad():
+                reader.weight.copy_(torch.randint(-4, 5, reader.weight.shape))
+            producer = nn.Conv2d(1, 40, 1) if spatial else nn.Linear(1, 40)
+            cbp = engine_of([([producer], [reader])], backend=backend, replacement_rate=0.0)
+            h = torch.randint(-4, 5, shape).float()
+            cbp._engine.record(0, h)
+            # two more, of another type and with a stride between samples
+            cbp._engine.record(0, h[::2].half())
+            cbp.step()
+            results.append(cbp.utility["g0"])
+        assert torch.equal(*results)
+
+
+class Interleaved:
+    """Runs the programs of a launch as threads, one at a time, with a change at random loads, stores and atomics.
+
+    In the place of Triton's `GridExecutor`. Without changes, it runs whole programs in a random order.
+    """
+
+    def __init__(self, rng, change):
+        self.rng, self.change = rng, change
+
+    def launch(self, kernel, grid, args, meta):
+        builder = interpreter.interpreter_builder
+        builder.set_grid_dim(*grid, 1, 1)
+        plain = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")}
+        patched = interpreter._patch_lang(kernel.fn)
+        values = {name: interpreter._implicit_cvt(arg) for name, arg in zip(kernel.arg_names, args, strict=False)}
+        for name, function in plain.items():
+            setattr(builder, name, self.interrupted(function))
+        self.turns = [threading.Semaphore(0) for _ in range(grid[0])]
+        self.waiting, self.failed, self.over = list(range(grid[0])), [], threading.Semaphore(0)
+        threads = [threading.Thread(target=self.run, args=(i, kernel.fn, {**values, **meta})) for i in self.waiting]
+        try:
+            for thread in threads:
+                thread.start()
+            self.resume()
+            self.over.acquire()
+            for thread in threads:
+                thread.join()
+        finally:
+            for name in plain:
+                delattr(builder, name)
+            patched.restore()
+        if self.failed:
+            raise self.failed[0]
+
+    def resume(self):
+        if not self.waiting:
+            self.over.release()
+            return
+        self.running = self.waiting.pop(self.rng.randrange(len(self.waiting)))
+        interpreter.interpreter_builder.grid_idx = (self.running, 0, 0)
+        self.turns[self.running].release()
+
+    def run(self, i, function, arguments):
+        self.turns[i].acquire()
+        try:
+            with np.errstate(all="ignore"):
+                function(**arguments)
+        except Exception as error:
+            self.failed.append(error)
+        self.resume()
+
+    def interrupted(self, function):
+        def call(*args):
+            if self.rng.random() < self.change:
+                me = self.running
+                self.waiting.append(me)
+                self.resume()
+                self.turns[me].acquire()
+            return function(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("change", [0.0, 0.3], ids=["shuffled", "interleaved"])
+def test_any_order_of_programs_gives_the_same_bits(change, monkeypatch):
+    """Sums that round, several groups, splits: partial sums are combined in one order, whoever comes last."""
+
+    def run():
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 140), nn.Linear(140, 30), nn.Linear(30, 300)]
+        groups = [([layers[0]], [layers[1]]), ([layers[1]], [layers[2]])]
+        cbp = engine_of(groups, backend="triton", replacement_rate=0.04)
+        cbp._engine.record(0, torch.randn(300, 140))
+        cbp._engine.record(1, torch.randn(3, 30, dtype=torch.float64))
+        cbp.step()
+        return [*cbp.utility.values(), *cbp.last_replaced.values(), *(p for l in layers for p in l.parameters())]
+
+    expected = run()
+    for seed in range(3):
+        monkeypatch.setattr(triton_kernels, "launch", Interleaved(random.Random(seed), change).launch)
+        for a, b in zip(run(), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_aborted_launch_does_not_poison_the_next(monkeypatch):
+    results = []
+    for abort in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 140), nn.Linear(140, 300)]
+        cbp = engine_of([([layers[0]], [layers[1]])], backend="triton")
+        cbp._engine.record(0, torch.randn(400, 140))
+        if abort:
+            stopped = triton_kernels.launch
+
+            def launch(kernel, grid, args, meta, stopped=stopped):
+                stopped(kernel, (grid[0] // 2,), args, meta)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(triton_kernels, "launch", launch)
+                cbp.step()
+            cbp._engine.restore()
+        cbp.step()
+        results.append((cbp.utility["g0"], cbp.last_replaced["g0"]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_takes_two_launches(monkeypatch):
+    launched = []
+    plain = triton_kernels.launch
+
+    def launch(kernel, *args):
+        launched.append(kernel.fn.__name__)
+        plain(kernel, *args)
+
+    monkeypatch.setattr(triton_kernels, "launch", launch)
+    train("triton", Rule.nature(), (4, 5, 6, 7, 2), 2, replacement_rate=1.0, maturity_threshold=0)
+    assert launched == ["select", "reinit"] * 2
+
+
+def test_tables_are_built_once_and_addresses_followed():
+    """New activations of the same shape, and a re-assigned weight, take new addresses and no new tables."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Linear(6, 3)]
+    cbp = engine_of([([layers[0]], [layers[1]])], backend="triton", replacement_rate=0.0, decay_rate=0.0)
+    expected = []
+    for _ in range(3):
+        h = torch.randint(-3, 4, (5, 6)).float()
+        layers[1].weight = nn.Parameter(torch.randint(-3, 4, (3, 6)).float())
+        cbp._engine.record(0, h)
+        cbp.step()
+        expected.append(h.abs().mean(0) * layers[1].weight.abs().sum(0))
+        torch.testing.assert_close(cbp.utility["g0"], expected[-1], rtol=1e-6, atol=0)
+    (plan,) = triton_backend._tables_of(cbp._engine.state).plans.values()
+    assert len(plan.tiles) == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (Rule.nature(transfer_bias=True), "transfer_bias"),
+        (Rule.gnt("zero_contribution"), "zero_contribution"),
+        (Rule.gnt("random"), "random"),
+    ],
+)
+def test_rules_without_a_kernel(rule, why):
+    with pytest.raises(ValueError, match=f"backend 'triton' has no kernel for a rule with .*{why}.*backend=None"):
+        attach(mlp((4, 5, 2)), "triton", rule=rule)
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"serves CPU tensors only in Triton's interpreter \(TRITON_INTERPRET=1\)"):
+        attach(mlp((4, 5, 2)), "triton")
+
+
+def test_triton_is_not_installed(monkeypatch):
+    monkeypatch.setattr("cbp_fast.ops.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="backend 'triton' needs Triton: pip install triton"):
+        attach(mlp((4, 5, 2)), "triton")
+
+
+def test_state_goes_from_one_backend_to_the_other():
+    """A checkpoint written on one backend resumes on the other with the same choices."""
+    results = []
+    for first, second in (("triton", "cpp"), ("cpp", "triton")):
+        model, optimizer, cbp, _ = train(first, Rule.nature(), dyadic=True, decay_rate=0.5)
+        saved = cbp.state_dict()
+        cbp.remove()
+        cbp = attach(model, second, optimizer=optimizer, groups=linear_groups(model), decay_rate=0.5)
+        cbp.load_state_dict(saved)
+        for p in model.parameters():
+            p.data.fill_(0.5)
+        model(torch.ones(8, 9))
+        cbp.step()
+        results.append([*cbp.last_replaced.values(), *cbp.utility.values(), *(p.detach() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@triton.jit
+def corrections(ages, log_decay, out):
+    i = tl.arange(0, 16)
+    tl.store(out + i, triton_kernels._bias_correction(tl.load(ages + i), tl.load(log_decay)))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.99999, 1 - 2.0**-40])
+def test_bias_correction_is_precise(decay):
+    """1 - decay^age in double, also where float32 would be off by a thousandth."""
+    ages = [0, 1, 2, 3, 10, 49, 50, 51, 68, 69, 100, 34657, 50000, 69314, 10**6, 2**31 - 1]
+    out = torch.empty(16, dtype=torch.float64)
+    log_decay = torch.tensor([math.log(decay)], dtype=torch.float64)
+    corrections[(1,)](torch.tensor(ages, dtype=torch.int32), log_decay, out)
+    expected = [-math.expm1(age * math.log(decay)) for age in ages]
+    torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64), rtol=4 * 2.0**-52, atol=0)
