@@ -9,10 +9,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench test test-all gpu sanitize lint format clean FORCE
+.PHONY: help demo bench test test-all test-integrations gpu sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
-	@echo "make demo | bench | test | test-all | gpu | sanitize | lint | format | clean"
+	@echo "make demo | bench | test | test-all | test-integrations | gpu | sanitize | lint | format"
+	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
 	$(BIN)/python -m cbp_fast demo $(ARGS)
@@ -27,6 +28,17 @@ test: .venv/built
 test-all: .venv/built
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 	$(MAKE) sanitize
+	$(MAKE) test-integrations
+
+# The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
+INTEGRATIONS := .venv-integrations/bin
+SMOKE := test_checkpoint.py test_golden.py test_modules.py
+test-integrations: .venv/built .venv-integrations/tools
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
 
 # one process: the tests share the device
 gpu: .venv/built
@@ -54,6 +66,29 @@ format: .venv/tools
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
+# dist/ gets the source distribution, and the wheel made of it; PyTorch's libraries stay PyTorch's
+wheel: .venv/built
+	$(BIN)/pip install --quiet --group wheel
+	rm -rf build/wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude "libtorch*" --exclude "libc10*" \
+		--wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(MAKE) check-wheel
+
+# the wheel in dist/ with TORCH and nothing else of ours, from another directory: make check-wheel TORCH=torch==2.14.1
+check-wheel:
+	$(PYTHON) -m venv --clear build/clean
+	build/clean/bin/pip install --quiet "$(TORCH)" dist/*.whl
+	cd / && "$(CURDIR)/build/clean/bin/python" -W "ignore:Failed to initialize NumPy" "$(CURDIR)/tests/wheel_run.py"
+
+# the oldest CPU that PyTorch itself runs on, emulated by qemu-user, must give the results of this one
+old-cpu: .venv/built
+	mkdir -p build
+	$(BIN)/python tests/wheel_run.py | tee build/this-cpu.txt
+	qemu-x86_64 -cpu Nehalem $(BIN)/python tests/wheel_run.py | tee build/old-cpu.txt
+	grep -q "baseline of baseline; $$(sed 's/.*; //' build/this-cpu.txt)$$" build/old-cpu.txt
+
 clean:
 	rm -rf .venv/built build dist *.egg-info cbp_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -69,6 +104,12 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	@touch $@
+
+.venv-integrations/tools: pyproject.toml
+	$(PYTHON) -m venv .venv-integrations
+	$(INTEGRATIONS)/pip install --quiet "pip>=25.1"
+	$(INTEGRATIONS)/pip install --quiet --group integrations
 	@touch $@
 
 .venv/built: .venv/tools setup.py $(CSRC)

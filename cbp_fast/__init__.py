@@ -1,5 +1,7 @@
 """Continual backpropagation for PyTorch, in fused kernels."""
 
+__version__ = "0.1.0"
+
 from .continual_backprop import ContinualBackprop
 from .discovery import explain, find_unit_groups
 from .modules import CBPConv, CBPLinear
@@ -7,5 +9,3 @@ from .rules import Rule
 from .unit_groups import Part, UnitGroup
 
 __all__ = ["CBPConv", "CBPLinear", "ContinualBackprop", "Part", "Rule", "UnitGroup", "explain", "find_unit_groups"]
-
-__version__ = "0.1.0"

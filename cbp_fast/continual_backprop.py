@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from types import FrameType
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .discovery import explain, find_unit_groups
-from .engine import Engine, step_together
-from .optimizer_state import skipped
+from .discovery import NeedsInputs, explain, find_unit_groups
+from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
+from .dtensors import is_dtensor
+from .engine import Engine, check_hyper, check_options, step_together
+from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
 
@@ -61,7 +64,64 @@ class _Later:
         return _Later, ()
 
 
-class ContinualBackprop:
+class _Place(NamedTuple):
+    """A module among the children of another."""
+
+    children: dict[str, nn.Module | None]
+    key: str
+    name: str
+    module: nn.Module
+
+
+class _FirstForward(_Later):
+    """Forward pre-hook of the model that finds its groups; copies and pickles do nothing."""
+
+    def __init__(self, cbp: ContinualBackprop) -> None:
+        super().__init__()
+        self.cbp = cbp
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # type: ignore[override]
+        if module.training and torch.is_grad_enabled() and not is_compiling():
+            self.cbp._attach_in_forward(args, kwargs)
+
+
+class _Awaited:
+    """Stands for the engine until a training forward shows which groups there are."""
+
+    backend = "not chosen before the first training forward"
+    has_data = False
+    held_bytes = 0
+
+    def __init__(self, hyper: dict[str, float], capture: str) -> None:
+        check_hyper(hyper)
+        self.hyper = hyper
+        self.capture = capture
+        self.enabled = True
+        self.kept: Mapping[str, Any] | None = None
+        nothing = torch.zeros(0)
+        self.state = SimpleNamespace(layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing)
+
+    def set_hyper(self, **values: float) -> None:
+        check_hyper(values)
+        self.hyper.update(values)
+
+    def to(self, device: torch.device) -> None:
+        """Nothing is anywhere yet."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.kept is None:
+            raise RuntimeError(
+                "the unit groups are found in the first training forward, so there is no state yet; with "
+                "example_inputs they are found when attaching"
+            )
+        return dict(self.kept)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.kept = state_dict
+        self.set_hyper(**{key: state_dict[key] for key in self.hyper})
+
+
+class ContinualBackprop(Joinable):
     """Continual backpropagation (Dohare et al., Nature 632, 2024) for a model that keeps training.
 
     After every step of the optimizer a few hidden units of least utility are re-initialised: their incoming weights are
@@ -78,12 +138,20 @@ class ContinualBackprop:
         maturity_threshold: steps for which a new unit is protected.
         decay_rate: of the running utility, in [0, 1).
         groups: the unit groups, instead of discovery.
-        example_inputs: for discovery in models whose shapes are not visible in their code.
+        example_inputs: a small batch to run the model on, to find its groups; as of `find_unit_groups`. Without it one
+            is guessed, and where that cannot be done the groups are found in the first training forward.
         include, exclude: patterns (`fnmatch`) of group names to take, or to leave out.
         backend: "cpp", "reference", or None for the fastest on the model's device.
         capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
             while less than 4 MiB are held.
-        seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`. The global generators are never used.
+        seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`, of the first process where they are
+            several. The global generators are never used.
+        process_group: the processes that train the model together, a `torch.distributed.ProcessGroup`; by default that
+            of DistributedDataParallel or of `fully_shard`'s mesh, else all. Each step then adds up their statistics in
+            one all_reduce, and all choose the same units. A group of one process trains by itself.
+
+    In several processes a centred utility, which measures distances from a running mean, takes the mean that the step
+    before left: the mean of this step's samples is known to nobody while they come in.
 
     Attributes:
         rule: the `Rule`.
@@ -118,47 +186,118 @@ class ContinualBackprop:
         backend: str | None = None,
         capture: str = "auto",
         seed: int | None = None,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+        super().__init__()
         self.rule = Rule.make(rule)
         self._optimizers = _optimizers(optimizer)
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "several processes are not supported in this version: each would replace units of its own, and the "
-                "copies of the model would drift apart"
-            )
+        wrapped, model = model, unwrapped(model)
+        _check_not_compiled(model)
+        self._model, self._wrapped, self._process_group = model, wrapped, process_group
+        self._given = (groups, example_inputs)
+        self._patterns = (include, exclude)
+        self._backend, self._seed = backend, seed
+        self._engine: Engine
+        self.groups: list[UnitGroup] = []
+        self._places: list[_Place] = []
+        self._hooks: list[RemovableHandle] = []
+        hyper = {
+            "replacement_rate": replacement_rate,
+            "maturity_threshold": maturity_threshold,
+            "decay_rate": decay_rate,
+        }
+        check_options(capture, seed)
+        try:
+            self._attach(self._resolve(), **hyper, capture=capture)
+        except NeedsInputs:
+            # in a forward, parameters that processes hold parts of are not what they are in a step
+            if any(is_dtensor(p) for p in model.parameters()):
+                raise
+            self._engine = cast(Engine, _Awaited(hyper, capture))
+            self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
+        # which of the optimizers are still to step in this round, and whether one has not skipped its update
+        self._waiting, self._stepped = set(range(len(self._optimizers))), False
+        self._heard = False
+        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+
+    def _resolve(self) -> list[ResolvedGroup]:
+        """The groups, given or found in the model as it is, after all checks."""
+        groups, example_inputs = self._given
         if isinstance(groups, UnitGroup):
             groups = [groups]
-        found = find_unit_groups(model, example_inputs) if groups is None else list(groups)
-        resolved = _filtered(_in_forward_order([resolve(model, group) for group in found]), include, exclude)
+        found = find_unit_groups(self._model, example_inputs) if groups is None else list(groups)
+        resolved = _filtered(_in_forward_order([resolve(self._model, group) for group in found]), *self._patterns)
         if not resolved:
-            why = "groups is empty" if groups is not None else explain(model, example_inputs)
+            why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
             raise ValueError(f"the model has no unit group to work on:\n{why}")
         check_disjoint(resolved)
         _check_clarena(self.rule, resolved)
-        _check_not_attached(resolved)
+        _check_not_attached(self._model, resolved, self if self._hooks else None)
         _check_optimizers(self._optimizers, resolved)
+        return resolved
+
+    def _attach(self, resolved: list[ResolvedGroup], **options: Any) -> None:
+        """Make the state of the groups and observe their readers."""
+        alike = {**options, "rule": self.rule, "backend": self._backend}
+        processes = join_processes(self._wrapped, resolved, self._process_group, self._seed, alike)
+        seed = processes.seed if processes else self._seed
+        self._engine = Engine(self.rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
         self.groups = [group.unit_group() for group in resolved]
-        self._engine = Engine(
-            self.rule,
-            resolved,
-            replacement_rate=replacement_rate,
-            maturity_threshold=maturity_threshold,
-            decay_rate=decay_rate,
-            backend=backend,
-            capture=capture,
-            seed=seed,
-        )
-        self._model = model
-        # which of the optimizers are still to step in this round, and whether one has not skipped its update
-        self._waiting, self._stepped = set(range(len(self._optimizers))), False
-        self._hooks: list[RemovableHandle] = [
+        self._places = _places(self._model, resolved)
+        self._hooks = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
         ]
-        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+
+    def _attach_in_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the groups by what a training forward is given, and observe it already."""
+        awaited, (hook,), given = cast(_Awaited, self._engine), self._hooks, self._given
+        hook.remove()
+        self._given = (None, lambda model: model(*args, **kwargs))
+        try:
+            self._attach(self._resolve(), **awaited.hyper, capture=awaited.capture)
+            self._engine.enabled = awaited.enabled
+            if awaited.kept is not None:
+                self._engine.load_state_dict(awaited.kept)
+        except BaseException:
+            # the next forward tries again
+            for handle in self._hooks:
+                handle.remove()
+            self._engine, self.groups, self._places = cast(Engine, awaited), [], []
+            self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
+            raise
+        finally:
+            self._given = given
+
+    def refresh(self, *, groups: UnitGroup | Sequence[UnitGroup] | None = None, example_inputs: Any = None) -> None:
+        """Follow a model that was changed: a head was added, a layer replaced.
+
+        The groups are found anew. Those of the same name and number of units keep their utilities, ages and totals;
+        the others start afresh. Forwards since the last step are forgotten.
+
+        Args:
+            groups, example_inputs: as at attaching; None: what was given there, or here the last time.
+
+        Raises:
+            ValueError, TypeError: as at attaching. Nothing has changed then.
+            RuntimeError: after `remove()`.
+        """
+        self._check_attached()
+        before = self._given
+        self._given = (before[0] if groups is None else groups, before[1] if example_inputs is None else example_inputs)
+        old, hooks = self._engine, self._hooks
+        try:
+            self._attach(self._resolve(), **old.hyper, capture=old.capture)
+        except Exception:
+            self._given = before
+            raise
+        for handle in hooks:
+            handle.remove()
+        self._engine.adopt(old)
+        self._engine.enabled = old.enabled
+        old.enabled = False
 
     def step(self) -> None:
         """One step of continual backprop; runs by itself after the optimizer's if one was given.
@@ -169,11 +308,32 @@ class ContinualBackprop:
             RuntimeError: after `remove()`, or if a parameter is not on the device, or not of the shape or type, that
                 it had when attached.
         """
-        if not self._hooks:
-            raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
+        self._check_attached()
         if not self.enabled:
             return
+        for children, key, name, module in self._places:
+            if children.get(key) is not module:
+                raise RuntimeError(
+                    f"'{name}' was replaced after attaching; call refresh(), or remove() and attach again"
+                )
+        if not self._heard:
+            self._heard = True
+            if not self._engine.has_data:
+                warnings.warn(
+                    "no training forward of the model was seen before the first step of continual backprop, which "
+                    "changes nothing; if the model is compiled, attach before its first compiled call, with "
+                    "example_inputs",
+                    stacklevel=2,
+                )
+        if isinstance(self._engine, _Awaited):
+            return
+        if self._engine.processes is not None:
+            notify_join(self)
         step_together([self._engine], self._optimizers)
+
+    def _check_attached(self) -> None:
+        if not self._hooks:
+            raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
@@ -188,12 +348,29 @@ class ContinualBackprop:
         if stepped:
             self.step()
 
+    def join_hook(self, **kwargs: Any) -> Any:
+        """For `torch.distributed.algorithms.Join([ddp_model, cbp])`, where processes have more or less data.
+
+        Every process must step once for every forward and backward pass.
+        """
+        return join_hook_of(self._engine.processes, self._engine.state)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the collectives of a process without data run."""
+        return self._engine.state.buffer.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that step together."""
+        return self._engine.processes.group if self._engine.processes else None
+
     def remove(self) -> None:
         """Take all hooks off the model and the optimizers; the object keeps its statistics but works no more."""
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
-        if not _inside_step(self._optimizers):
+        if not inside_step():
             for handle in self._optimizer_hooks:
                 handle.remove()
             return
@@ -300,10 +477,14 @@ class ContinualBackprop:
             if layout.columns_per_unit > 1:
                 outgoing += f" ({layout.columns_per_unit} columns a unit)"
             rows.append((group.name, str(layout.num_units), incoming, norms or "-", outgoing))
+        hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
+        held = f" holding {engine.held_bytes} bytes" if engine.held_bytes else ""
+        capture = f"capture={engine.capture}{held}"
+        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, {capture})"
+        if isinstance(engine, _Awaited):
+            rows = [("the unit groups are found in the first training forward",)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
-        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, capture={engine.capture})"
         removed = "" if self._hooks else " removed"
         return "\n  ".join([head + removed, *(line.rstrip() for line in table)])
 
@@ -389,11 +570,42 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
                 )
 
 
-def _check_not_attached(groups: Sequence[ResolvedGroup]) -> None:
+def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: ContinualBackprop | None) -> None:
+    """No unit belongs to two objects: `own` is the one that is asking."""
+    engines = {
+        hook.engine
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, _Recorder) and hook.engine is not None
+    }
+    for engine in engines - ({own._engine} if own else set()):
+        theirs = [replace(group, name=f"{group.name} ") for group in engine.groups]
+        try:
+            check_disjoint([*theirs, *groups])
+        except ValueError as error:
+            raise ValueError(
+                f"the model has a ContinualBackprop attached already ({error}); call its remove() first"
+            ) from None
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("the model is compiled already and would not call new hooks; attach first, then compile")
+
+
+def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:
+    """Where every layer of the groups, and every module that holds one, hangs in the model."""
+    places: dict[str, _Place] = {}
     for group in groups:
-        for name, module, _ in group.outgoing:
-            if any(isinstance(h, _Recorder) and h.engine is not None for h in module._forward_pre_hooks.values()):
-                raise ValueError(f"'{name}' has a ContinualBackprop attached already; call its remove() first")
+        for member in (*group.incoming, *group.norms, *group.outgoing):
+            parent, path = model, ""
+            for key in member.name.split(".") if member.name else ():
+                path = f"{path}.{key}" if path else key
+                child = parent._modules[key]
+                assert child is not None
+                places[path] = _Place(parent._modules, key, path, child)
+                parent = child
+    return list(places.values())
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
@@ -405,14 +617,3 @@ def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[Resolved
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
                     "trains the model, made from its present parameters, or exclude= the group"
                 )
-
-
-def _inside_step(optimizers: Sequence[Optimizer]) -> bool:
-    """Whether the caller runs in a hook of one of the optimizers."""
-    where = sys.modules[Optimizer.__module__].__file__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == where and frame.f_locals.get("self") in optimizers:
-            return True
-        frame = frame.f_back
-    return False

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .provenance import BASE, DATA, Exits, Nodes, Trace, scramble
-from .running import Forward, forwards, guesses, storage_key, tensors_in, untouched, unwrapped
+from .running import Forward, forwards, guesses, storage_key, tensors_in, undivided, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
     NORMS,
@@ -29,6 +30,11 @@ from .unit_groups import (
     resolve,
 )
 from .verification import verify_unit_group
+
+
+class NeedsInputs(ValueError):
+    """The model's forward cannot be run on a guessed input."""
+
 
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
@@ -152,17 +158,22 @@ def _discover(
 ) -> _Found:
     model = unwrapped(model)
     ignored = (ignore_outputs,) if isinstance(ignore_outputs, str) else tuple(ignore_outputs)
-    if example_inputs is None:
-        trace, candidates, runs = _guess(model, ignored)
-    else:
-        runs = forwards(example_inputs)
-        try:
-            trace = _run(model, runs, ignored)
-        except Exception as error:  # the user's code may raise anything
-            raise ValueError(
-                f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
-            ) from error
-        candidates = _candidates(model, trace)
+    with undivided(model) as divided:
+        if divided and verify:
+            raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
+        if example_inputs is None:
+            trace, candidates, runs = _guess(model, ignored)
+        else:
+            if divided:
+                example_inputs = tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
+            runs = forwards(example_inputs)
+            try:
+                trace = _run(model, runs, ignored)
+            except Exception as error:  # the user's code may raise anything
+                raise ValueError(
+                    f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
+                ) from error
+            candidates = _candidates(model, trace)
     for candidate in candidates:
         if not candidate.reason and not unreached_ok:
             candidate.reason = _unreached(model, trace, candidate)
@@ -192,7 +203,7 @@ def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Can
         candidates = [_candidates(model, trace) for trace in traces]
         if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
             return traces[0], candidates[0], [small]
-    raise ValueError(
+    raise NeedsInputs(
         f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small "
         "batch that it runs on"
     )

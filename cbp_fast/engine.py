@@ -14,6 +14,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from .distributed import Processes
+from .dtensors import is_dtensor, local, local_activations
 from .ops import BACKENDS, backend_for
 from .optimizer_state import slots_of
 from .rules import Rule
@@ -30,7 +32,11 @@ class Engine:
     Args:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
             them in the forward; "auto" defers while little is held.
+        processes: those that train the model together, if they are several.
+        layer: the layer that it works for, for messages; empty for an attached object.
     """
+
+    _held_bytes: int
 
     def __init__(
         self,
@@ -43,22 +49,27 @@ class Engine:
         backend: str | None,
         capture: str,
         seed: int | None,
+        processes: Processes | None = None,
+        layer: str = "",
     ) -> None:
-        if capture not in _HELD_BYTES:
-            raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
+        check_options(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
         device = _one_device(groups)
         self._wanted = backend
+        self.layer = layer
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
         self.backend = backend_for(device, backend)
-        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device)
+        self.groups = list(groups)
+        self.processes = processes
+        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
         self._places = [(ref.owner, ref.key) for ref in self.state.weights]
+        self._in_parts = any(ref.place.is_dtensor for ref in self.state.weights) or any(
+            region.ref.place.is_dtensor for region in self.state.regions
+        )
         self._regions: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self.state.regions):
             self._regions[region.group].append(i)
@@ -77,18 +88,14 @@ class Engine:
 
     def set_hyper(self, **values: float) -> None:
         """Set replacement_rate, maturity_threshold or decay_rate; all are checked before any is set."""
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} is {value!r}, must be a number")
-            if name == "maturity_threshold":
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
-            elif not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
-            if name == "decay_rate" and value == 1:
-                raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+        check_hyper(values)
         self._hyper.update(values)
         self.state.set_hyper(**self._hyper)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a forward was observed since the last step."""
+        return bool(self._held) or bool(self.state.count.any())
 
     @property
     def held_bytes(self) -> int:
@@ -97,14 +104,13 @@ class Engine:
 
     def forget_forwards(self) -> None:
         """Drop what forwards since the last step have left."""
-        self._held: list[Tensor] = []
-        self._slots: list[int] = []
-        self._versions: list[int] = []
-        self._held_bytes = 0
+        self.finish()
         self.state.forget_forwards()
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
+        if type(h) is not Tensor and is_dtensor(h):
+            h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
         # what is on another device may belong to a model that is being moved
         if not self.enabled or h.device != self.state.buffer.device:
             return
@@ -140,7 +146,14 @@ class Engine:
             # the operator's own guards are cheaper, but other backends have none
             self._check_tensors()
         try:
-            return self._functions.select_(state, [owner[key] for owner, key in self._places], held, slots)
+            weights: list[Any] = [owner[key] for owner, key in self._places]
+            if self._in_parts:
+                weights = [local(w) for w in weights]
+            if self.processes is None:
+                return self._functions.select_(state, weights, held, slots)
+            self._functions.sum_(state, weights, held, slots)
+            self.processes.reduce_(state.flat[: state.reduced])
+            return self._functions.choose_(state)
         except Exception:
             # the same complaint with the name of the tensor
             self._check_tensors()
@@ -175,13 +188,17 @@ class Engine:
 
     def reinit(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Re-initialise everything that belongs to the chosen units."""
-        self._functions.reinit_(self.state, numbers, tensors)
+        parts = [local(tensor) for tensor in tensors] if self._in_parts else tensors
+        self._functions.reinit_(self.state, numbers, parts)
         # neither a compiled kernel nor a library implementation tells autograd that it wrote
         torch.autograd.graph.increment_version(tensors)
 
     def finish(self) -> None:
         """End a step: what the forwards left has been used."""
-        self._held, self._slots, self._versions, self._held_bytes = [], [], [], 0
+        self._held: list[Tensor] = []
+        self._slots: list[int] = []
+        self._versions: list[int] = []
+        self._held_bytes = 0
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
         """Slots and activations held, less those that were changed in place since."""
@@ -221,7 +238,9 @@ class Engine:
             if state.rule.keeps_mean:
                 groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
         rule = {f.name: getattr(state.rule, f.name) for f in fields(state.rule) if f.init}
-        return {"rule": rule, **self._hyper, "seed": int(state.seed), "step": int(state.step), "groups": groups}
+        numbers = {"seed": int(state.seed), "step": int(state.step)}
+        measured = {"deviations": state.deviations} if state.deviations else {}
+        return {"rule": rule, **self._hyper, **numbers, **measured, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
@@ -243,6 +262,10 @@ class Engine:
                 _check_entry(f"{key} of group '{name}'", theirs[key], value)
         for key in ("seed", "step"):
             _check_entry(key, state_dict[key], own[key])
+        if state.deviations:
+            _check_keys("state_dict['deviations']", state_dict["deviations"], state.deviations)
+            for name, mine in state.deviations.items():
+                _check_entry(f"deviation of {name}", state_dict["deviations"][name], mine)
         # the last call that can fail checks before it sets
         self.set_hyper(**{key: state_dict[key] for key in self._hyper})
         for g, layout in enumerate(state.layouts):
@@ -253,10 +276,34 @@ class Engine:
             state.num_replaced[g] = theirs["num_replaced"]
             if state.rule.keeps_mean:
                 state.running_mean[state.columns_of(layout)].copy_(theirs["running_mean"])
+        if state.deviations:
+            state.deviations = state_dict["deviations"]
         state.seed.fill_(state_dict["seed"])
         state.step.fill_(state_dict["step"])
         state.num_chosen.zero_()
         self.forget_forwards()
+
+    def adopt(self, other: Engine) -> None:
+        """Go on where another engine of the model and rule is: groups of the same name and width keep their state."""
+        state, theirs = self.state, other.state
+        before = {layout.name: (g, layout) for g, layout in enumerate(theirs.layouts)}
+        for g, layout in enumerate(state.layouts):
+            number, old = before.get(layout.name, (0, None))
+            if old is None or old.num_units != layout.num_units:
+                continue
+            state.utility[layout.units].copy_(theirs.utility[old.units])
+            state.age[layout.units].copy_(theirs.age[old.units])
+            state.pending[g].copy_(theirs.pending[number])
+            state.num_replaced[g].copy_(theirs.num_replaced[number])
+            readers = {theirs.slots[s].module: theirs.slots[s] for s in old.slots}
+            for slot in (state.slots[s] for s in layout.slots if state.rule.keeps_mean):
+                same = readers.get(slot.module)
+                if same is not None and same.block == slot.block:
+                    state.running_mean[slot.columns].copy_(theirs.running_mean[same.columns])
+        if state.deviations:
+            state.deviations = theirs.deviations
+        state.seed.copy_(theirs.seed)
+        state.step.copy_(theirs.step)
 
     def _check_tensors(self) -> None:
         for region in self.state.regions:
@@ -265,21 +312,50 @@ class Engine:
             self._checked(ref)
 
     def _checked(self, ref: TensorRef) -> Tensor:
-        tensor = ref.get()
+        tensor, of = ref.get(), f"{self.layer}: " if self.layer else ""
+        again = "make the layer anew" if self.layer else "detach with remove() and attach again"
         if tensor is None:
-            raise RuntimeError(f"{ref.name} is no longer there; detach with remove() and attach again")
+            raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
         if tensor.device != self.state.buffer.device:
+            move = "model.to" if self.layer else "cbp.to"
             raise RuntimeError(
-                f"{ref.name} is on {tensor.device} but continual backprop's state is on {self.state.buffer.device}; "
-                f"call cbp.to({str(tensor.device)!r}) after moving the model"
+                f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on "
+                f"{self.state.buffer.device}; call {move}({str(tensor.device)!r}) after moving the model"
+            )
+        if is_dtensor(tensor) != ref.place.is_dtensor:
+            raise RuntimeError(
+                f"{ref.name} became a {type(tensor).__name__} after continual backprop was attached; first fully_shard "
+                "or parallelize_module the model, then make the optimizer, then attach"
             )
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:
                 raise RuntimeError(
-                    f"{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was attached; "
-                    "detach with remove() and attach again"
+                    f"{of}{ref.name} has {what} {_plain(now)} but had {_plain(then)} when continual backprop was "
+                    f"attached; {again}"
                 )
         return tensor
+
+
+def check_options(capture: str, seed: int | None) -> None:
+    """Raises ValueError for a capture or a seed that is none."""
+    if capture not in _HELD_BYTES:
+        raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
+    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
+
+
+def check_hyper(values: Mapping[str, float]) -> None:
+    """Raises TypeError or ValueError for a replacement_rate, maturity_threshold or decay_rate that is none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {value!r}, must be a number")
+        if name == "maturity_threshold":
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
+        elif not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
+        if name == "decay_rate" and value == 1:
+            raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
 
 
 def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
@@ -297,7 +373,7 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
                 due.append(engine)
         # what can be wrong is found here, before the first weight is written
         collected = [engine.collect(optimizers) for engine in due]
-    except Exception:
+    except BaseException:
         for engine in selected:
             engine.restore()
         raise

@@ -9,34 +9,63 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
+from .distributed import several_processes
 from .engine import Engine, step_together
-from .optimizer_state import skipped
+from .optimizer_state import inside_step, skipped
 from .rules import Rule
-from .unit_groups import UnitGroup, resolve
+from .unit_groups import ResolvedGroup, UnitGroup, resolve
 
 # layers that saw a forward, in the order of their first one, and the optimizers that were seen to train each
 _layers: list[weakref.ref[_CBPLayer]] = []
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
-_numbers = itertools.count()
+_numbers = itertools.count(1)
+# torch's hook for all optimizers, while there are layers
+_hook: RemovableHandle | None = None
+
+
+def _observe(layer: _CBPLayer) -> None:
+    """Let a layer that sees its first forward take part in steps."""
+    global _hook
+    _layers.append(weakref.ref(layer, _forget))
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _forget(ref: weakref.ref[_CBPLayer]) -> None:
+    """Drop a layer that is gone, and with the last one the hook."""
+    global _hook
+    _layers.remove(ref)
+    # a hook that goes while torch loops over the hooks breaks the loop; the next layer then finds it in place
+    if not _layers and _hook is not None and not inside_step():
+        _hook.remove()
+        _hook = None
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """One step of all layers for which this was the last of the optimizers that train their tensors."""
-    _layers[:] = [ref for ref in _layers if ref() is not None]
-    if not _layers or skipped(optimizer):
+    # a tuple, because layers may go at any moment
+    layers = [layer for ref in tuple(_layers) if (layer := ref()) is not None]
+    if not layers or skipped(optimizer):
         return
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     ready: list[_CBPLayer] = []
-    for layer in [layer for ref in _layers if (layer := ref()) is not None]:
+    for layer in layers:
         if not any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
             continue
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
+        known = optimizer in trainers
         trainers.add(optimizer)
         waiting = _waiting.setdefault(layer, weakref.WeakSet(trainers))
+        # who steps again alone has taken the place of the others, an optimizer of an earlier task perhaps
+        if known and optimizer not in waiting:
+            trainers -= waiting
+            waiting.clear()
         waiting.discard(optimizer)
         if not len(waiting):
             _waiting[layer] = weakref.WeakSet(trainers)
@@ -48,7 +77,8 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 class _CBPLayer(nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
-    _hooked = False
+    # what in_layer and out_layer may be
+    _kinds: tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], ...]]
 
     def __init__(
         self,
@@ -62,6 +92,13 @@ class _CBPLayer(nn.Module):
         decay_rate: float,
     ) -> None:
         super().__init__()
+        for name, kinds in zip(("in_layer", "out_layer"), self._kinds, strict=True):
+            if not isinstance(layers[name], kinds):
+                allowed = " or a ".join("convolution" if kind is _ConvNd else kind.__name__ for kind in kinds)
+                raise TypeError(
+                    f"{type(self).__name__}: {name} is a {type(layers[name]).__name__}, must be a {allowed}; CBPLinear "
+                    "stands between two linear layers, CBPConv after a convolution"
+                )
         present = nn.ModuleDict({name: layer for name, layer in layers.items() if layer is not None})
         norms = [name for name in present if name.endswith(("ln_layer", "bn_layer"))]
         resolved = resolve(present, UnitGroup(type(self).__name__, ["in_layer"], ["out_layer"], norms))
@@ -71,22 +108,17 @@ class _CBPLayer(nn.Module):
                 f"{resolved.columns_per_unit} columns of each unit"
             )
         # a layer does not know its name in the model, so its number among all layers makes its random stream its own
-        seed = (torch.initial_seed() + next(_numbers) * 0x9E3779B97F4A7C15) % 2**64
+        number = next(_numbers)
+        seed = (torch.initial_seed() + number * 0x9E3779B97F4A7C15) % 2**64
+        rates = {
+            "replacement_rate": replacement_rate,
+            "maturity_threshold": maturity_threshold,
+            "decay_rate": decay_rate,
+        }
+        label = f"{type(self).__name__} number {number}, from {layers['in_layer']} to {layers['out_layer']}"
         # an Engine is no Module, so the layers it refers to are not listed a second time in the model's parameters
-        self._engine = Engine(
-            Rule.gnt(utility=util_type, init=init, act=act_type),
-            [resolved],
-            replacement_rate=replacement_rate,
-            maturity_threshold=maturity_threshold,
-            decay_rate=decay_rate,
-            backend=None,
-            capture="auto",
-            seed=seed,
-        )
+        self._engine = self._make(Rule.gnt(utility=util_type, init=init, act=act_type), [resolved], rates, seed, label)
         self._known = 0
-        if not _CBPLayer._hooked:
-            register_optimizer_step_post_hook(_after_optimizer_step)
-            _CBPLayer._hooked = True
 
     @property
     def utility(self) -> Tensor:
@@ -108,23 +140,54 @@ class _CBPLayer(nn.Module):
         if self.training and torch.is_grad_enabled():
             # a copy of a layer has the number of its original, and is known from its own first forward on
             if self._known != id(self):
+                if several_processes():
+                    raise RuntimeError(
+                        f"{type(self).__name__} works in one process; attach a ContinualBackprop instead, which keeps "
+                        "several processes alike"
+                    )
                 self._known = id(self)
-                _layers.append(weakref.ref(self))
-            engine = self._engine
+                _observe(self)
+            engine = self._current()
             flattened = engine.state.slots[0].spatial == 0 and engine.state.layouts[0].columns_per_unit > 1
             engine.record(0, x.flatten(1) if flattened else x)
         return x
 
     def get_extra_state(self) -> dict[str, Any]:
         """Ages, utilities and the like, for the model's `state_dict`."""
-        return self._engine.state_dict()
+        return self._current().state_dict()
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take them from a model's `state_dict`."""
-        self._engine.load_state_dict(state)
+        self._current().load_state_dict(state)
+
+    @staticmethod
+    def _make(
+        rule: Rule, groups: list[ResolvedGroup], rates: Mapping[str, float], seed: int | None, label: str
+    ) -> Engine:
+        return Engine(
+            rule,
+            groups,
+            replacement_rate=rates["replacement_rate"],
+            maturity_threshold=rates["maturity_threshold"],
+            decay_rate=rates["decay_rate"],
+            backend=None,
+            capture="auto",
+            seed=seed,
+            layer=label,
+        )
+
+    def _current(self) -> Engine:
+        """The engine, made anew if the model was converted to another type since."""
+        old = self._engine
+        ref = old.state.regions[0].ref
+        tensor = ref.get()
+        if tensor is not None and tensor.dtype != ref.dtype:
+            self._engine = self._make(old.state.rule, old.groups, old.hyper, None, old.layer)
+            self._engine.adopt(old)
+        return self._engine
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # the state follows the model from device to device; its types are its own
+        # the state follows the model from device to device; to another type when it is next used
         device = fn(torch.empty(0, device=self._engine.state.buffer.device)).device
         if device != self._engine.state.buffer.device:
             self._engine.to(device)
@@ -139,9 +202,16 @@ class _CBPLayer(nn.Module):
 class CBPLinear(_CBPLayer):
     """Continual backpropagation of the units between two linear layers; place it where `out_layer` reads them.
 
-    Constructor and placement are those of the authors' layer of this name (Dohare et al., Nature 632, 2024). Theirs
-    re-initialises inside the backward pass, before the optimizer steps; this one after the step, with the optimizer's
-    state of what was re-initialised set to zero.
+    Constructor and placement are those of the authors' layer of this name (Dohare et al., Nature 632, 2024), which does
+    otherwise in that
+
+    - it re-initialises inside the backward pass, before the optimizer steps, and leaves the optimizer's state; this one
+      after the step, and sets the state to zero;
+    - it knows only "contribution", whatever `util_type` says, and takes utilities only when it replaces;
+    - its `decay_rate` averages the features of one batch with those of the next, this one's the utilities;
+    - it stops at layers without a bias and at norms without weights, and draws grouped convolutions too narrow;
+    - it lists the two layers a second time in the model's `state_dict`, beside `util` and `ages`, here `utility` and
+      `age`.
 
     Args:
         in_layer: the linear layer that makes the N units.
@@ -162,6 +232,8 @@ class CBPLinear(_CBPLayer):
         >>> self.cbp1 = CBPLinear(self.fc1, self.fc2)
         >>> # in forward: self.fc2(self.cbp1(self.fc1(x).relu()))
     """
+
+    _kinds = (nn.Linear,), (nn.Linear,)
 
     def __init__(
         self,
@@ -200,6 +272,8 @@ class CBPConv(_CBPLayer):
     Raises:
         TypeError, ValueError: layers of another kind or of widths that do not fit, numbers out of range.
     """
+
+    _kinds = (_ConvNd,), (_ConvNd, nn.Linear)
 
     def __init__(
         self,

@@ -10,8 +10,12 @@ from torch.library import Library, fallthrough_kernel
 _library = Library("cbp_fast", "DEF")
 _library.define("capture_(Tensor(a!) state, Tensor plan, Tensor activations, int slot) -> ()")
 _library.define("select_(Tensor(a!) state, Tensor plan, Tensor[] weights, Tensor[] activations, int[] slots) -> int")
+_library.define(
+    "sum_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights, Tensor[] activations, int[] slots) -> ()"
+)
+_library.define("choose_(Tensor(a!) state, Tensor plan, Tensor flat) -> int")
 _library.define("reinit_(Tensor(a!) state, Tensor plan, Tensor(b!)[] tensors, int[] regions) -> ()")
-for _name in ("capture_", "select_", "reinit_"):
+for _name in ("capture_", "select_", "sum_", "choose_", "reinit_"):
     # nothing here has a gradient: without a kernel of its own, autograd would look at every argument of every call
     _library.impl(_name, fallthrough_kernel, "Autograd")
 # torch.compile keeps the capture in its graph

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from types import FrameType
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,6 +14,17 @@ def skipped(optimizer: Optimizer) -> bool:
     """Whether the step that has just ended was none: a fused optimizer runs its hooks where GradScaler skips, too."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf.item())
+
+
+def inside_step() -> bool:
+    """Whether the caller runs within an optimizer's step, as its hooks do: none can be removed then."""
+    where = sys.modules[Optimizer.__module__].__file__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == where and isinstance(frame.f_locals.get("self"), Optimizer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:

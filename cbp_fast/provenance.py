@@ -548,7 +548,7 @@ class Trace(Preserving):
         if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
             # a condition; a number would come back unseen
             return None, 0
-        if torch.Tag.pointwise in tags or op in _POINTWISE:
+        if outs and (torch.Tag.pointwise in tags or op in _POINTWISE):
             return self._pointwise(op, tensors, ids, outs), 1
         for i in live:
             self.refuse(i, f"{self._why} has no rule")

@@ -1,7 +1,8 @@
 """The specification: continual backpropagation in eager PyTorch, on any device, without reading anything back from it.
 
 Every kernel is tested against this file. A step is `capture_` for every input that a reading layer saw, `select_`
-(activation statistic x weight statistic, decayed average, choice) and `reinit_` for what was chosen.
+(activation statistic x weight statistic, decayed average, choice) and `reinit_` for what was chosen. `select_` is
+`sum_` and `choose_`; several processes add up what `sum_` left in `State.flat` between the two.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .state import DRAW, TRANSFER, Layout, Region, Slot, State
+from .dtensors import Place
+from .state import DRAW, TRANSFER, Layout, Region, Slot, State, conv_groups_here
 from .unit_groups import out_axis
 
 _MASK = 0xFFFFFFFF
@@ -54,9 +56,9 @@ def draw(element: Tensor, seed: Tensor, step: Tensor, stream: int, distribution:
 
 
 def columns_of(h: Tensor, slot: Slot) -> Tensor:
-    """What a reading layer sees of the group, as [samples, positions, columns]."""
+    """What a reading layer sees of the group, as [samples, positions, columns seen here]."""
     axis = h.dim() - 1 - slot.spatial
-    h = h.narrow(axis, slot.block.start, slot.columns.stop - slot.columns.start)
+    h = h.narrow(axis, slot.first_seen, slot.here.stop - slot.here.start)
     if slot.spatial == 0:
         return h.reshape(-1, 1, h.shape[-1])
     if axis == 0:
@@ -87,20 +89,25 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
     x = columns_of(h, slot)
     wide = _wide(h)
     state.count[slot_index] += x.shape[0] * x.shape[1]
-    columns = slot.columns
+    columns, here = slot.columns, slot.here
+    activation = state.activation[columns][here]
     if state.rule.keeps_mean:
-        state.feature[columns] += x.sum((0, 1), dtype=wide)
+        state.feature[columns][here] += x.sum((0, 1), dtype=wide)
     if state.rule.centred:
-        # the mean so far, this forward included, and the age as it will be after the step
         layout, decay = state.layouts[slot.group], state.hyper[2]
-        mean = state.feature[columns] / state.count[slot_index]
-        mean = decay * state.running_mean[columns] + (1 - decay) * mean
-        correction = bias_correction(state.age[layout.units] + 1, decay)
+        mean, age = state.running_mean[columns], state.age[layout.units]
+        if state.previous_mean:
+            # a unit that has none yet has a mean of 0
+            correction = torch.where(age > 0, bias_correction(age, decay), 1.0)
+        else:
+            # the mean so far, this forward included, and the age as it will be after the step
+            mean = decay * mean + (1 - decay) * (state.feature[columns] / state.count[slot_index])
+            correction = bias_correction(age + 1, decay)
         h_hat = torch.empty_like(mean)
         by_unit(h_hat, slot)[:] = (by_unit(mean, slot) / correction[:, None]).mean(1, keepdim=True)
-        state.activation[columns] += (x.to(wide) - h_hat.to(wide)).abs().sum((0, 1))
+        activation += (x.to(wide) - h_hat[here].to(wide)).abs().sum((0, 1))
     elif state.rule.activation:
-        state.activation[columns] += x.abs().sum((0, 1), dtype=wide)
+        activation += x.abs().sum((0, 1), dtype=wide)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -120,19 +127,8 @@ def _input_sums(weight: Tensor, axis: int, conv_groups: int) -> Tensor:
     return magnitude.sum((1, 3), dtype=_wide(weight)).flatten().double()
 
 
-def utility_now(
-    state: State,
-    layout: Layout,
-    outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-) -> Tensor:
-    """y: activation statistic x weight statistic of every unit, float64 [N].
-
-    Args:
-        outputs, inputs: sums of magnitudes by output and by input of every weight, where the rule reads them.
-        weights: the tensors of `state.weights`.
-    """
+def utility_now(state: State, layout: Layout) -> Tensor:
+    """y: activation statistic x weight statistic of every unit, float64 [N]; sums of weights stand in `state.flat`."""
     rule, n = state.rule, layout.num_units
     y = torch.zeros(n, dtype=torch.float64, device=state.buffer.device)
     elements = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
@@ -146,10 +142,8 @@ def utility_now(
             term = state.activation[slot.columns] / (1 if rule.incoming == "times_sum" else count)
         per_column = 1
         if rule.outgoing:
-            sums = inputs[slot.weight]
-            assert sums is not None
-            term = term * sums.narrow(0, slot.block.start, len(term))
-            per_column = weights[slot.weight].numel() // slot.features
+            term = term * state.flat[state.inputs[slot.weight]].narrow(0, slot.block.start, len(term))
+            per_column = state.weights[slot.weight].shape.numel() // slot.features
         y = y + torch.where(ran, by_unit(term.contiguous(), slot).sum(1), 0.0)
         elements = elements + torch.where(ran, float(per_column * layout.columns_per_unit), 0.0)
         samples = samples + count
@@ -159,11 +153,10 @@ def utility_now(
         return y
     w_in, fan_in = torch.zeros_like(y), 0
     for i, block in layout.incoming:
-        sums = outputs[i]
-        assert sums is not None
+        sums = state.flat[state.outputs[i]]
         start, unit_stride, per_unit, position_stride = block
         w_in = w_in + sums[start:].as_strided((n, per_unit), (unit_stride, position_stride)).sum(1)
-        fan_in += per_unit * (weights[i].numel() // len(sums))
+        fan_in += per_unit * (state.weights[i].shape.numel() // len(sums))
     return y / samples * w_in if rule.incoming == "times_sum" else y / (w_in / fan_in)
 
 
@@ -217,19 +210,59 @@ def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) ->
     state.num_replaced[g] += k.long()
 
 
-def choose_(state: State, weights: Sequence[Tensor]) -> None:
-    """Utility, age and choice of every group that a forward reached; see `select_`."""
-    outputs: list[Tensor | None] = []
-    inputs: list[Tensor | None] = []
-    for i, (w, module) in enumerate(zip(weights, state.modules, strict=True)):
-        axis, conv_groups = out_axis(module), getattr(module, "groups", 1)
-        outputs.append(_output_sums(w, axis) if state.reads_outputs[i] else None)
-        inputs.append(_input_sums(w, axis, conv_groups) if state.reads_inputs[i] else None)
+@torch.no_grad()
+def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+    """Put into `state.flat` what this process adds to a step: samples, activations, magnitudes of weights.
+
+    Args:
+        weights: this process's parts of the tensors of `state.weights`; read only.
+        held: activations not captured yet, in the order of the forwards.
+        slots: the slot of each.
+    """
+    for number, h in zip(slots, held, strict=True):
+        capture_(state, number, h)
+    count, *totals = _totals(state)
+    state.flat.zero_()
+    for s, slot in enumerate(state.slots):
+        if slot.counts:
+            count[s] = state.count[s]
+        for total, mine in zip(totals, (state.activation, state.feature), strict=False):
+            if slot.adds:
+                total[slot.columns] = mine[slot.columns]
+    for i, (w, ref, module) in enumerate(zip(weights, state.weights, state.modules, strict=True)):
+        axis, first = out_axis(module), ref.place.first
+        groups_here, group = conv_groups_here(ref, getattr(module, "groups", 1))
+        if state.reads_outputs[i] and ref.place.adds:
+            state.flat[state.outputs[i]][first[axis] :][: w.shape[axis]] = _output_sums(w, axis)
+        if state.reads_inputs[i] and ref.place.adds:
+            sums = _input_sums(w, axis, groups_here)
+            state.flat[state.inputs[i]][first[1 - axis] + group * w.shape[1] :][: len(sums)] = sums
+
+
+def _totals(state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """What of `state.flat` is summed over samples: count, activation and feature."""
+    sizes = [len(state.count), len(state.activation), len(state.feature)]
+    return state.flat[: sum(sizes)].split(sizes)
+
+
+@torch.no_grad()
+def choose_(state: State) -> int:
+    """Utility, age and choice, from `state.flat`; returns as `select_`."""
+    for mine, total in zip((state.count, state.activation, state.feature), _totals(state), strict=True):
+        mine.copy_(total)
+    if state.buffer.is_cpu and not state.count.any():
+        return 0
+    choose_groups_(state)
+    return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
+
+
+def choose_groups_(state: State) -> None:
+    """Utility, age and choice of every group that a forward reached."""
     state.step += (state.count > 0).any()
     decay = state.hyper[2]
     for g, layout in enumerate(state.layouts):
         reached = (state.count[layout.slots[0] : layout.slots[-1] + 1] > 0).any()
-        y = utility_now(state, layout, outputs, inputs, weights)
+        y = utility_now(state, layout)
         _choose(state, layout, g, y, reached)
     if state.rule.keeps_mean:
         for s, slot in enumerate(state.slots):
@@ -248,32 +281,60 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
     pending += replacement_rate * eligible units; the floor(pending) candidates of least score are chosen.
 
     Args:
-        weights: the tensors of `state.weights`; read only.
-        held: activations not captured yet, in the order of the forwards.
-        slots: the slot of each.
+        weights, held, slots: as of `sum_`.
 
     Returns:
         How many units were chosen; on an accelerator -1, since it is not read back.
     """
-    for slot, h in zip(slots, held, strict=True):
-        capture_(state, slot, h)
-    if state.buffer.is_cpu and not state.count.any():
-        return 0
-    choose_(state, weights)
-    return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
+    sum_(state, weights, held, slots)
+    return choose_(state)
 
 
-def elements_of(region: Region, shape: torch.Size, units: Tensor) -> Tensor:
-    """Row-major numbers of the elements that `units` [k] own in a tensor of `shape`; int64 [k, elements a unit]."""
-    inner = shape[region.axis + 1 :].numel()
+def indices_of(region: Region, units: Tensor) -> Tensor:
+    """Indices along the region's axis that belong to `units` [k]; int64 [k, P]."""
     start, unit_stride, per_unit, position_stride = region.block
-    index = start + units[:, None] * unit_stride + torch.arange(per_unit, device=units.device) * position_stride
+    return start + units[:, None] * unit_stride + torch.arange(per_unit, device=units.device) * position_stride
+
+
+def elements_of(region: Region, place: Place, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-major numbers of the elements that lie here at `index` [k, P] along the region's axis.
+
+    Returns:
+        Their numbers in the whole tensor and in the part that is here; int64 [k, P, elements an index].
+    """
+    # as [rows, columns, inner], of which a part may lack rows and columns
+    first, part, whole = ((*x, *(filler,) * 2) for x, filler in ((place.first, 0), (place.part, 1), (place.whole, 1)))
+    inner = math.prod(place.whole[2:])
     if region.axis == 0:
-        return ((index * inner)[..., None] + torch.arange(inner, device=units.device)).flatten(1)
-    rows = shape[0] // region.conv_groups
-    row = (index // shape[1] * rows)[..., None] + torch.arange(rows, device=units.device)
-    first = (row * shape[1] + (index % shape[1])[..., None]) * inner
-    return (first[..., None] + torch.arange(inner, device=units.device)).flatten(1)
+        row, column = (index - first[0])[..., None], torch.arange(part[1], device=index.device)
+    else:
+        # a grouped convolution's column lies in the rows of its group
+        rows = whole[0] // region.conv_groups if region.conv_groups > 1 else part[0]
+        row = torch.arange(rows, device=index.device)
+        if region.conv_groups > 1:
+            row = (index // whole[1] * rows - first[0])[..., None] + row
+        column = (index % whole[1] - first[1])[..., None]
+    last = torch.arange(inner, device=index.device)
+    numbers = []
+    for r, c, width in ((row + first[0], column + first[1], whole[1]), (row, column, part[1])):
+        numbers.append(((r * width + c)[..., None] * inner + last).flatten(2))
+    return numbers[0], numbers[1]
+
+
+def _clamped(region: Region, place: Place, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace indices that do not lie here by some that do; and say which are those of a valid unit, [k, P] each.
+
+    Several may become the same one: all of them are then of a valid unit, or none.
+    """
+    whole, low, n = place.whole[region.axis], place.first[region.axis], place.part[region.axis]
+    if region.conv_groups > 1:
+        # the columns of whole convolution groups
+        groups_here, group = conv_groups_here(region.ref, region.conv_groups)
+        whole, low, n = whole * region.conv_groups, group * whole, groups_here * whole
+    chosen = torch.zeros(whole, dtype=torch.bool, device=index.device)
+    chosen[index] = valid[:, None].expand_as(index)
+    index = index.clamp(low, low + n - 1)
+    return index, chosen[index]
 
 
 def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -282,10 +343,11 @@ def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weigh
     correction = bias_correction(state.age[layout.units], state.hyper[2])
     h_hat = by_unit(state.running_mean[slot.columns], slot) / correction[:, None]
     h_hat = torch.where(valid[:, None], h_hat[units], 0.0)  # [k, P]
-    element = elements_of(region, weight.shape, units)
+    place = Place(weight.shape, weight.shape, (0,) * weight.dim())
+    element, _ = elements_of(region, place, indices_of(region, units))
     where = torch.unravel_index(element, weight.shape)
     # [k, P, elements a column]
-    gain = weight[where].double().view(*h_hat.shape, -1) * h_hat[..., None]
+    gain = weight[where].double() * h_hat[..., None]
     total = torch.zeros(len(bias), dtype=torch.float64, device=bias.device)
     total.index_put_((where[1 - region.axis].flatten(),), gain.flatten(), accumulate=True)
     moved = (bias + total).to(bias.dtype)
@@ -299,7 +361,8 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
     Args:
         regions: numbers in `state.regions` times two, in that order, and 2 * i + 1 for a slot of the optimizer's
             state of region i's parameter, which is zeroed.
-        tensors: one tensor for each; a transfer takes two, the bias and the reading weight.
+        tensors: one tensor for each, the part of it that is here; a transfer takes two, the bias and the reading
+            weight.
     """
     rest = iter(tensors)
     for number in regions:
@@ -309,13 +372,19 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
         if region.kind == TRANSFER:
             _transfer_(state, region, units, valid, next(rest), tensor)
             continue
-        element = elements_of(region, tensor.shape, units)
-        where = torch.unravel_index(element, tensor.shape)
+        place, hit = region.ref.place, valid[:, None]
+        if tensor.numel() == 0:
+            continue
+        index = indices_of(region, units)
+        if place.split:
+            index, hit = _clamped(region, place, index, valid)
+        element, position = elements_of(region, place, index)
+        where = torch.unravel_index(position, tensor.shape)
         if region.kind == DRAW and not is_slot:
             new = draw(element, state.seed, state.step, region.stream, region.distribution, region.value)
         else:
             new = torch.full_like(element, 0.0 if is_slot else region.value, dtype=torch.float32)
-        tensor[where] = torch.where(valid[:, None], new.to(tensor.dtype), tensor[where])
+        tensor[where] = torch.where(hit[..., None], new.to(tensor.dtype), tensor[where])
     for g, layout in enumerate(state.layouts):
         units, valid = _chosen(state, g)
         for field in (state.utility, state.age):

@@ -18,7 +18,7 @@ _FACTORS = {
     "adaptation": (None, None, "divide"),
     "random": (None, None, None),
 }
-INITS = ("kaiming", "default", "xavier", "lecun", "normal")
+INITS = ("kaiming", "default", "xavier", "lecun", "normal", "as_attached")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Rule:
     Attributes:
         name: "nature", "gnt" or "clarena".
         utility: one of these, for `gnt`.
-        init: distribution of re-drawn incoming weights, one of `INITS`; `clarena` draws from U[0, 1).
+        init: distribution of re-drawn incoming weights, one of `INITS`; "as_attached" is normal with the standard
+            deviation that each weight had at attach, for networks with an initialisation of their own; `clarena`
+            draws from U[0, 1).
         act: activation function whose gain `init` uses, as `torch.nn.init.calculate_gain` names it; not detected.
         accumulate: keep the fraction of a unit that is due for the next step; otherwise a coin decides on it.
         accrual: "eligible": the rate counts mature units; "all": it counts all units once one is mature.
@@ -139,10 +141,12 @@ class Rule:
     @property
     def distribution(self) -> str:
         """Of re-drawn weights: "uniform" in [-bound, bound), "normal" with deviation bound, "unit" in [0, 1)."""
-        return "unit" if self.name == "clarena" else "normal" if self.init == "normal" else "uniform"
+        if self.name == "clarena":
+            return "unit"
+        return "normal" if self.init in ("normal", "as_attached") else "uniform"
 
     def bound(self, fan_in: int, fan_out: int, convolution: bool) -> float:
-        """Half-width (uniform) or standard deviation (normal) of re-drawn weights.
+        """Half-width (uniform) or standard deviation (normal) of re-drawn weights, whatever they were at attach.
 
         Args:
             fan_in: in_features, or in_channels / groups times the kernel's size.

@@ -7,6 +7,7 @@ import inspect
 import math
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from .dtensors import is_dtensor
 from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
 
 Forward = Callable[[nn.Module], Any]
@@ -170,6 +172,37 @@ class Preserving(TorchDispatchMode):
             for tensor, before, version in self._saved.values():
                 with version:
                     tensor.copy_(before)
+
+
+@contextlib.contextmanager
+def undivided(model: nn.Module) -> Iterator[bool]:
+    """While it lasts, parameters that processes hold parts of are whole ones, on the meta device as all of the model.
+
+    Hooks, which would gather the parts, do not run.
+
+    Yields:
+        Whether there are such parameters; otherwise nothing is changed.
+    """
+    if not any(is_dtensor(p) for p in model.parameters()):
+        yield False
+        return
+    kinds = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
+    before = [(module, {kind: vars(module)[kind] for kind in kinds}) for module in model.modules()]
+    stands_for: dict[torch.Tensor, torch.Tensor] = {}
+    for module, own in before:
+        for role in ("_parameters", "_buffers"):
+            for tensor in own[role].values():
+                if tensor is not None and tensor not in stands_for:
+                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    stands_for[tensor] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+            vars(module)[role] = {k: t if t is None else stands_for[t] for k, t in own[role].items()}
+        vars(module).update(_forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
+    try:
+        yield True
+    finally:
+        for module, own in before:
+            vars(module).update(own)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .distributed import Processes
+from .dtensors import Place, place_of, whole
 from .rules import Rule
 from .unit_groups import Block, Member, ResolvedGroup, make_width, out_axis, read_width, spatial_axes
 
@@ -30,8 +32,9 @@ class TensorRef(NamedTuple):
     owner: dict[str, Tensor | None]  # `_parameters` or `_buffers` of a module: no `__getattr__` on the way
     key: str
     name: str
-    shape: torch.Size
+    shape: torch.Size  # of the whole tensor
     dtype: torch.dtype
+    place: Place
 
     def get(self) -> Tensor | None:
         """The tensor as it is now; None if the module has it no more."""
@@ -53,6 +56,25 @@ class Slot(NamedTuple):
     spatial: int  # 0: features are the last axis; d: channels before d spatial axes
     block: Block  # which of the layer's features are the group's
     features: int  # all that the layer reads
+    seen: range  # those of them that are in its input in this process
+    counts: bool  # whether this process counts the samples
+
+    @property
+    def here(self) -> slice:
+        """Which of the slot's columns this process sees, counted from the slot's first."""
+        n, start = self.columns.stop - self.columns.start, self.block.start
+        first = min(max(self.seen.start - start, 0), n)
+        return slice(first, max(min(self.seen.stop - start, n), first))
+
+    @property
+    def first_seen(self) -> int:
+        """The feature of the layer's input, in this process, where `here` begins."""
+        return max(self.block.start - self.seen.start, 0)
+
+    @property
+    def adds(self) -> bool:
+        """Whether what this process sums over samples is no other's to add."""
+        return self.counts or len(self.seen) < self.features
 
 
 class Layout(NamedTuple):
@@ -92,20 +114,26 @@ def stream_id(name: str, group: bool = False) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1 | (group << 31)
 
 
-def tensor_ref(name: str, module: nn.Module, key: str) -> TensorRef | None:
+def tensor_ref(
+    name: str, module: nn.Module, key: str, place: Callable[[str, Tensor], Place] = place_of
+) -> TensorRef | None:
     """Where `key` of the module called `name` is found; None if the module has no such tensor."""
     owners: tuple[Any, ...] = (module._parameters, module._buffers)
     for owner in owners:
         tensor = owner.get(key)
         if tensor is not None:
-            return TensorRef(owner, key, f"{name}.{key}" if name else key, tensor.shape, tensor.dtype)
+            full_name = f"{name}.{key}" if name else key
+            where = place(full_name, tensor)
+            # fully_shard puts another tensor in its place while the module is in use
+            owner = {key: tensor} if where.is_dtensor else owner
+            return TensorRef(owner, key, full_name, tensor.shape, tensor.dtype, where)
     return None
 
 
-def _weight_ref(member: Member) -> TensorRef:
-    ref = tensor_ref(member.name, member.module, "weight")
-    assert ref is not None
-    return ref
+def conv_groups_here(ref: TensorRef, conv_groups: int) -> tuple[int, int]:
+    """How many of a weight's convolution groups this process holds, and the first of them."""
+    rows = ref.shape[0] // conv_groups
+    return (max(ref.place.part[0] // rows, 1), ref.place.first[0] // rows) if conv_groups > 1 else (1, 0)
 
 
 def _input_axis(member: Member) -> tuple[int, int]:
@@ -125,6 +153,10 @@ class State:
         num_chosen: int32 [G] and chosen: int32 [T], the units replaced in the last step, group g's from its
         first unit's place on, least score first.
 
+    What a step sums stands in one tensor more, `flat`: float64 [count of each slot, activation, feature, then sums of
+    magnitudes by output and by input of every weight that the rule reads]. `outputs` and `inputs` say where those are.
+    Its first `reduced` entries must be added up over several processes: all but sums of weights that each has whole.
+
     Raises:
         ValueError: two weights of the model have the same Philox tensor id.
     """
@@ -143,8 +175,19 @@ class State:
     num_chosen: Tensor
     chosen: Tensor
 
-    def __init__(self, rule: Rule, groups: Sequence[ResolvedGroup], *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        groups: Sequence[ResolvedGroup],
+        *,
+        seed: int,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> None:
         self.rule = rule
+        self._processes = processes
+        # one process alone can take the mean of a step's samples while they come in
+        self.previous_mean = rule.centred and processes is not None
         self.weights: list[TensorRef] = []
         self.modules: list[nn.Module] = []  # the layer of each weight
         self.slots: list[Slot] = []
@@ -156,6 +199,7 @@ class State:
         self._place(groups)
         self._add_regions(groups)
         self._check_streams()
+        self._check_parts()
 
         total, columns = self.layouts[-1].units.stop, self.slots[-1].columns.stop
         means = columns if rule.keeps_mean else 0
@@ -177,16 +221,43 @@ class State:
             ("num_chosen", i32, len(groups)),
             ("chosen", i32, total),
         ]
+        self._lay_out_sums(len(self.slots) + columns + means)
         size = sum(dtype.itemsize * n for _, dtype, n in self._fields)
         self._view(torch.zeros(size, dtype=torch.uint8, device=device))
         self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
-        self.plan = self._pack(double)
+        self.plan = self._pack()
 
-    @staticmethod
-    def _group_weights(groups: Iterable[ResolvedGroup]) -> Iterable[TensorRef]:
+    def _ref(self, member: Member, key: str) -> TensorRef | None:
+        place = self._processes.place if self._processes else place_of
+        return tensor_ref(member.name, member.module, key, place)
+
+    def _weight_ref(self, member: Member) -> TensorRef:
+        ref = self._ref(member, "weight")
+        assert ref is not None
+        return ref
+
+    def _group_weights(self, groups: Iterable[ResolvedGroup]) -> Iterable[TensorRef]:
         for group in groups:
             for member in (*group.incoming, *group.outgoing):
-                yield _weight_ref(member)
+                yield self._weight_ref(member)
+
+    def _lay_out_sums(self, at: int) -> None:
+        """Give the sums of weights their places in `flat`, from `at` on: those of split weights first."""
+        self.outputs = [slice(0, 0)] * len(self.weights)
+        self.inputs = list(self.outputs)
+        self.reduced = at
+        for split in (True, False):
+            for i, (ref, module) in enumerate(zip(self.weights, self.modules, strict=True)):
+                if ref.place.split != split:
+                    continue
+                if self.reads_outputs[i]:
+                    self.outputs[i] = slice(at, at + ref.shape[out_axis(module)])
+                    at = self.outputs[i].stop
+                if self.reads_inputs[i]:
+                    self.inputs[i] = slice(at, at + read_width(module))
+                    at = self.inputs[i].stop
+            self.reduced = at if split else self.reduced
+        self._flat_size = at
 
     def _place(self, groups: Sequence[ResolvedGroup]) -> None:
         """Give every group its units, every reader its columns, every weight its number."""
@@ -197,7 +268,7 @@ class State:
                 return -1
             if member.module not in index:
                 index[member.module] = len(self.weights)
-                self.weights.append(_weight_ref(member))
+                self.weights.append(self._weight_ref(member))
                 self.modules.append(member.module)
                 self.reads_outputs.append(False)
                 self.reads_inputs.append(False)
@@ -213,8 +284,10 @@ class State:
             for member in group.outgoing:
                 columns = slice(column, column + group.num_units * group.columns_per_unit)
                 i = weight(member, False, rule.outgoing is not None)
-                module, block = member.module, member.block
-                self.slots.append(Slot(g, module, i, columns, spatial_axes(module), block, read_width(module)))
+                module, width = member.module, read_width(member.module)
+                seen = self._processes.seen(member) if self._processes else range(width)
+                counts = self._processes is None or self._processes.counts
+                self.slots.append(Slot(g, module, i, columns, spatial_axes(module), member.block, width, seen, counts))
                 column = columns.stop
             self.layouts.append(
                 Layout(
@@ -248,10 +321,10 @@ class State:
                     self._add_fill(g, member, key, value)
             if rule.transfer_bias:
                 for member, slot in zip(group.outgoing, self.layouts[g].slots, strict=True):
-                    bias = tensor_ref(member.name, member.module, "bias")
+                    bias = self._ref(member, "bias")
                     if bias is not None:
                         axis, conv_groups = _input_axis(member)
-                        weight = _weight_ref(member)
+                        weight = self._weight_ref(member)
                         self.regions.append(
                             Region(TRANSFER, g, bias, axis, member.block, conv_groups, slot=slot, weight=weight)
                         )
@@ -260,19 +333,45 @@ class State:
                 self._add_fill(g, member, "weight", 0.0, axis=axis, conv_groups=conv_groups)
 
     def _add_draw(self, group: int, member: Member, axis: int) -> None:
-        ref, module = _weight_ref(member), member.module
-        # as PyTorch counts it: a transposed convolution's weight is [in, out, ...], and still axis 1 is taken
-        fan_in = ref.shape[1:].numel() if spatial_axes(module) else read_width(module)
-        bound = self.rule.bound(fan_in, make_width(module), convolution=spatial_axes(module) > 0)
-        stream, distribution = stream_id(ref.name), self.rule.distribution
+        ref, module, rule = self._weight_ref(member), member.module, self.rule
+        distribution = rule.distribution
+        if rule.init == "as_attached":
+            tensor = ref.get()
+            assert tensor is not None
+            value = float(whole(tensor.detach()).double().std(correction=0))
+        elif isinstance(module, nn.Embedding):
+            # as PyTorch draws it
+            distribution, value = "normal", 1.0
+        else:
+            # as PyTorch counts it: a transposed convolution's weight is [in, out, ...], and still axis 1 is taken
+            fan_in = ref.shape[1:].numel() if spatial_axes(module) else read_width(module)
+            value = rule.bound(fan_in, make_width(module), convolution=spatial_axes(module) > 0)
+        stream = stream_id(ref.name)
         self.regions.append(
-            Region(DRAW, group, ref, axis, member.block, stream=stream, distribution=distribution, value=bound)
+            Region(DRAW, group, ref, axis, member.block, stream=stream, distribution=distribution, value=value)
         )
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """By name, the standard deviation with which each weight is drawn anew, where that was measured at attach."""
+        if self.rule.init != "as_attached":
+            return {}
+        return {region.ref.name: region.value for region in self.regions if region.kind == DRAW}
+
+    @deviations.setter
+    def deviations(self, values: Mapping[str, float]) -> None:
+        self.regions = [
+            region._replace(value=values[region.ref.name])
+            if region.kind == DRAW and region.ref.name in values
+            else region
+            for region in self.regions
+        ]
+        self.plan = self._pack()
 
     def _add_fill(
         self, group: int, member: Member, key: str, value: float, axis: int = 0, conv_groups: int = 1
     ) -> None:
-        ref = tensor_ref(member.name, member.module, key)
+        ref = self._ref(member, key)
         if ref is not None:
             self.regions.append(Region(FILL, group, ref, axis, member.block, conv_groups, value=value))
 
@@ -293,9 +392,23 @@ class State:
                     f"groups {names[layout.stream]} and {layout.name} hash to the same random stream; rename one"
                 )
 
+    def _check_parts(self) -> None:
+        for region in self.regions:
+            for ref in (region.ref, region.weight):
+                if region.kind == TRANSFER and ref is not None and ref.place.split:
+                    raise ValueError(f"transfer_bias needs {ref.name} whole in every process, and it is split")
+            place = region.ref.place
+            rows = place.whole[0] // region.conv_groups
+            if region.conv_groups > 1 and place.split and (place.first[0] % rows or place.part[0] % rows):
+                raise ValueError(
+                    f"{region.ref.name} is split inside a convolution group of {rows} rows; split it between groups, "
+                    "or exclude= its group"
+                )
+
     def _view(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.backup = torch.empty_like(buffer)
+        self.flat = torch.zeros(self._flat_size, dtype=torch.float64, device=buffer.device)
         self.offsets = []
         offset = 0
         for name, dtype, n in self._fields:
@@ -321,7 +434,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         # the views share the buffer's memory with other types, which a file cannot say; they are made anew
-        views = {"backup", *(name for name, _, _ in self._fields)}
+        views = {"backup", "flat", *(name for name, _, _ in self._fields)}
         return {key: value for key, value in self.__dict__.items() if key not in views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -332,7 +445,7 @@ class State:
         """Move everything to `device`; the views are new tensors afterwards."""
         self._view(self.buffer.to(device))
 
-    def _pack(self, double: bool) -> Tensor:
+    def _pack(self) -> Tensor:
         """The int64 table that the kernels walk; csrc/plan.h mirrors its order."""
         rule = self.rule
         score = 2 if rule.utility == "random" else 1 if rule.name == "clarena" else 0
@@ -346,7 +459,7 @@ class State:
             sum(len(layout.incoming) for layout in self.layouts),
             self.layouts[-1].units.stop,
             self.slots[-1].columns.stop,
-            8 if double else 4,
+            self.utility.element_size(),
             _ACTIVATION.index(rule.activation),
             int(rule.keeps_mean),
             _OUTGOING.index(rule.outgoing),
@@ -357,6 +470,8 @@ class State:
             count,
             *self.offsets,
             self.buffer.numel(),
+            self._flat_size,
+            int(self.previous_mean),
         ]
         first = 0
         for layout in self.layouts:
@@ -367,20 +482,29 @@ class State:
             first += incoming
         for slot in self.slots:
             table += [slot.group, slot.columns.start, slot.columns.stop - slot.columns.start, slot.weight, slot.spatial]
-            table += [slot.features, *slot.block]
+            table += [slot.features, *slot.block, len(slot.seen), slot.first_seen, slot.here.start]
+            table += [slot.here.stop - slot.here.start, int(slot.counts), int(slot.adds)]
         for layout in self.layouts:
             for number, block in layout.incoming:
                 table += [number, *block]
-        dims = lambda shape: [len(shape), *shape, *(1,) * (MAX_DIMS - len(shape))]  # noqa: E731
+
+        def padded(sizes: Sequence[int], filler: int = 1) -> list[int]:
+            return [*sizes, *(filler,) * (MAX_DIMS - len(sizes))]
+
         for i, (ref, module) in enumerate(zip(self.weights, self.modules, strict=True)):
             axis = out_axis(module)
             # a grouped convolution that only makes units has its rows summed like any other
             conv_groups = getattr(module, "groups", 1) if self.reads_inputs[i] else 1
-            table += [DTYPES[ref.dtype], *dims(ref.shape), conv_groups, axis]
+            table += [DTYPES[ref.dtype], len(ref.shape), *padded(ref.shape), conv_groups, axis]
             reads = (int(self.reads_outputs[i]), int(self.reads_inputs[i]))
-            table += [reads[axis], reads[1 - axis]]
+            places = (self.outputs[i].start, self.inputs[i].start)
+            table += [reads[axis], reads[1 - axis], places[axis], places[1 - axis]]
+            groups_here, group = conv_groups_here(ref, conv_groups)
+            table += [*padded(ref.place.part), groups_here, ref.place.first[0]]
+            table += [ref.place.first[1] + group * ref.shape[1], int(ref.place.adds)]
         for r in self.regions:
             (value,) = struct.unpack("q", struct.pack("d", r.value))
             table += [r.kind, r.group, r.axis, *r.block, r.conv_groups, r.stream]
-            table += [_DISTRIBUTION.index(r.distribution), value, r.slot, *dims(r.ref.shape)]
+            table += [_DISTRIBUTION.index(r.distribution), value, r.slot, len(r.ref.shape), *padded(r.ref.shape)]
+            table += [*padded(r.ref.place.part), *padded(r.ref.place.first, 0)]
         return torch.tensor(table, dtype=torch.int64)

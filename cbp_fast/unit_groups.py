@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from .dtensors import is_dtensor
+
 # number of spatial axes after the units of a layer; 0: the units are the last axis
 _HF_CONV1D = "transformers.Conv1D"
 LAYERS = {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
@@ -348,7 +350,7 @@ def _check_parameters(name: str, module: nn.Module, modules: Iterable[nn.Module]
             continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{label(name, module)} is lazy and has no {key} yet: run the model once")
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter and not is_dtensor(parameter):
             raise ValueError(f"'{name}.{key}' is a {type(parameter).__name__}, not a plain nn.Parameter")
         if parameter.dtype not in _DTYPES:
             raise ValueError(f"'{name}.{key}' is {parameter.dtype}, not float32, float64, bfloat16 or float16")
@@ -392,7 +394,7 @@ def norm_shape(norm: Any) -> tuple[int, ...]:
 
 
 def _rows_per_unit(name: str, layer: nn.Module, n: int, first: str) -> int:
-    """Rows of a producer for each of the n units that `first` makes: several only for a depthwise convolution."""
+    """Rows of a producer for each of the n units that `first` makes; more than one only of a depthwise convolution."""
     width = make_width(layer)
     if width != n and not (is_depthwise(layer) and width % n == 0):
         raise ValueError(f"'{first}' makes {n} units but '{name}' makes {width}")

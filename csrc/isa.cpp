@@ -39,8 +39,9 @@ const Level levels[] = {
 #ifdef CBP_X86_LEVELS
     {"v3", &v3::kernels,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-              __builtin_cpu_supports("f16c");
+       // the rest of v3: the oldest CPU with AVX2 and BMI2 has MOVBE and F16C too
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("f16c");
      }},
     {"v4", &v4::kernels,
      [] {

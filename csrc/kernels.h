@@ -1,6 +1,6 @@
 // Sums and random draws on raw pointers: no torch, no threads, no checks.
 //
-// Included once for every instruction set, in a namespace CBP_ISA under `#pragma GCC target` (isa.h), so there is no
+// Included once for every instruction set, in a namespace CBP_ISA under `#pragma GCC target` (isa.cpp), so there is no
 // include guard. All sets give the same bits: sums run over LANES explicit lanes and fold them by a fixed tree, and the
 // compiler may neither contract nor reassociate. What these functions call must be CBP_INLINE, or a copy compiled for
 // another instruction set may be called instead.

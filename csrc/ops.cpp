@@ -163,9 +163,9 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
   CBP_CHECK(slot.spatial == 0 ? dims >= 1 && dims <= MAX_AXES : dims == slot.spatial + 1 || dims == slot.spatial + 2,
             "activations have " + std::to_string(dims) + " dimensions, which their layer does not take");
   const int64_t axis = slot.spatial == 0 ? dims - 1 : dims - 1 - slot.spatial;
-  CBP_CHECK(sizes[axis] == slot.features, "activations have " + std::to_string(sizes[axis]) + " features, not " +
-                                              std::to_string(slot.features) + " as at attach");
-  Activations a{nullptr, h.scalar_type(), slot.columns, strides[axis], 1, {}};
+  CBP_CHECK(sizes[axis] == slot.seen_features, "activations have " + std::to_string(sizes[axis]) + " features, not " +
+                                                   std::to_string(slot.seen_features) + " as at attach");
+  Activations a{nullptr, h.scalar_type(), slot.seen_columns, strides[axis], 1, {}};
   sum_kernels(a.type);
   for (int64_t d = 0; d < dims; ++d)
     if (d != axis) {
@@ -173,7 +173,7 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
       a.dims.add({sizes[d], strides[d]});
     }
   a.dims.merge();
-  a.data = static_cast<const char*>(h.const_data_ptr()) + slot.block.start * strides[axis] * element_size(a.type);
+  a.data = static_cast<const char*>(h.const_data_ptr()) + slot.seen_feature * strides[axis] * element_size(a.type);
   return a;
 }
 
@@ -242,26 +242,33 @@ void capture(const Plan& plan, const Fields& f, int64_t s, const Activations& a)
   const Slot& slot = plan.slots[s];
   if (a.samples == 0) return;
   f.seen[s] += a.samples;
-  double* sums = f.sums + slot.first_column;
-  if (h.keeps_mean) sum_activations(a, Term::kValue, nullptr, f.feature + slot.first_column);
+  const int64_t first = slot.first_column + slot.seen_column;
+  double* sums = f.sums + first;
+  if (h.keeps_mean) sum_activations(a, Term::kValue, nullptr, f.feature + first);
   if (h.activation == 1) sum_activations(a, Term::kMagnitude, nullptr, sums);
   if (h.activation != 2) return;
-  // h_hat of a unit: the mean so far, this forward included, and the age as it will be after the step
+  // h_hat of a unit: the mean so far, this forward included, and the age as it will be after the step; or else both as
+  // the step before left them, 0 where there was none
   const Group& group = plan.groups[slot.group];
   BiasCorrection correction(*f.decay);
   std::vector<double> h_hat(slot.columns);
   for (int64_t j = 0; j < group.units; ++j) {
-    const double divisor = correction(f.age[group.first_unit + j] + 1);
+    const int64_t age = f.age[group.first_unit + j];
+    const double divisor = h.previous_mean ? age == 0 ? 1.0 : correction(age) : correction(age + 1);
     double total = 0;
     for (int64_t p = 0; p < group.columns_per_unit; ++p) {
       const int64_t c = slot.first_column + slot.column(j, p);
+      if (h.previous_mean) {
+        total += f.running_mean[c] / divisor;
+        continue;
+      }
       const double mean = f.feature[c] / static_cast<double>(f.seen[s]);
       total += (*f.decay * f.running_mean[c] + (1.0 - *f.decay) * mean) / divisor;
     }
     for (int64_t p = 0; p < group.columns_per_unit; ++p)
       h_hat[slot.column(j, p)] = total / static_cast<double>(group.columns_per_unit);
   }
-  sum_activations(a, Term::kDistance, h_hat.data(), sums);
+  sum_activations(a, Term::kDistance, h_hat.data() + slot.seen_column, sums);
 }
 
 void capture_(Tensor buffer, Tensor table, Tensor h, int64_t slot) {
@@ -290,12 +297,12 @@ WeightView view_of(const Tensor& w, const Weight& record) {
   const auto sizes = w.sizes(), strides = w.strides();
   CBP_CHECK(w.is_cpu() && static_cast<int64_t>(w.scalar_type()) == record.dtype && w.dim() == record.dims,
             "a weight changed its device, type or number of dimensions");
-  for (int64_t d = 0; d < record.dims; ++d) CBP_CHECK(sizes[d] == record.size[d], "a weight changed its shape");
+  for (int64_t d = 0; d < record.dims; ++d) CBP_CHECK(sizes[d] == record.part[d], "a weight changed its shape");
   WeightView v{};
   v.kernels = &sum_kernels(w.scalar_type());
   v.item = element_size(w.scalar_type());
   v.data = static_cast<const char*>(w.const_data_ptr());
-  v.conv_groups = record.conv_groups;
+  v.conv_groups = record.part_groups;
   const int64_t out = sizes[0] / v.conv_groups, in = sizes[1];
   v.group_stride = out * strides[0];
   Dims kernel, row;
@@ -341,7 +348,7 @@ void sum_part(const WeightView& v, int64_t group, int64_t part, bool rows, bool 
 
 // the parts of every group put together, in order
 void finish_sums(WeightView& v, const Weight& record) {
-  const int64_t in = record.size[1];
+  const int64_t in = record.part[1];
   const bool need_minor = v.transposed ? record.reads_rows : record.reads_columns;
   if (need_minor)
     for (int64_t g = 0; g < v.conv_groups; ++g) {
@@ -361,7 +368,7 @@ void finish_sums(WeightView& v, const Weight& record) {
 }
 
 template <typename U>
-void choose_all(const Plan& plan, const Fields& f, const Sums& sums, const std::vector<int64_t>& reached) {
+void choose_all(const Plan& plan, const Fields& f, const double* flat, const std::vector<int64_t>& reached) {
   const Header& h = *plan.header;
   for_each(h.groups, h.units * 32, [&](int64_t g) {
     if (!reached[g]) {
@@ -375,69 +382,80 @@ void choose_all(const Plan& plan, const Fields& f, const Sums& sums, const std::
     const size_t each = Scratch::size<double>(n);
     if (memory.size() < 4 * each) memory.resize(4 * each);
     double* y = memory.data();
-    utility_now(plan, f, group, sums, y);
+    utility_now(plan, f, group, flat, y);
     choose<U>(plan, f, g, y, reinterpret_cast<U*>(y + each), reinterpret_cast<float*>(y + 2 * each),
               reinterpret_cast<uint64_t*>(y + 3 * each));
     if (h.keeps_mean) average_features(plan, f, group);
   });
 }
 
-int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
-                std::vector<int64_t> held_slots) {
-  const Plan plan = checked_plan(buffer, table);
-  const Header& h = *plan.header;
-  const Fields f(h, buffer.mutable_data_ptr());
-  CBP_CHECK(static_cast<int64_t>(weights.size()) == h.weights, "a wrong number of weights");
-  CBP_CHECK(held.size() == held_slots.size(), "held activations and their slots differ in number");
-
-  // everything that can be wrong is found before anything is written
+// What a step reads; everything that can be wrong with it is found before anything is written.
+struct Inputs {
   std::vector<Activations> forwards;
-  forwards.reserve(held.size());
-  for (size_t i = 0; i < held.size(); ++i) {
-    CBP_CHECK(held_slots[i] >= 0 && held_slots[i] < h.slots, "no such slot");
-    forwards.push_back(activations_of(held[i], plan.slots[held_slots[i]]));
-  }
-  std::vector<WeightView> views;
-  views.reserve(weights.size());
-  for (int64_t i = 0; i < h.weights; ++i) views.push_back(view_of(weights[i], plan.weights[i]));
+  std::vector<int64_t> slots;  // of the forwards
+  std::vector<WeightView> weights;
 
-  for (size_t i = 0; i < held.size(); ++i) capture(plan, f, held_slots[i], forwards[i]);
-  std::vector<int64_t> reached(h.groups, 0), needed(h.weights, 0);
+  Inputs(const Plan& plan, const std::vector<Tensor>& tensors, const std::vector<Tensor>& held,
+         std::vector<int64_t> held_slots)
+      : slots(std::move(held_slots)) {
+    const Header& h = *plan.header;
+    CBP_CHECK(static_cast<int64_t>(tensors.size()) == h.weights, "a wrong number of weights");
+    CBP_CHECK(held.size() == slots.size(), "held activations and their slots differ in number");
+    forwards.reserve(held.size());
+    for (size_t i = 0; i < held.size(); ++i) {
+      CBP_CHECK(slots[i] >= 0 && slots[i] < h.slots, "no such slot");
+      forwards.push_back(activations_of(held[i], plan.slots[slots[i]]));
+    }
+    weights.reserve(tensors.size());
+    for (int64_t i = 0; i < h.weights; ++i) weights.push_back(view_of(tensors[i], plan.weights[i]));
+  }
+  void capture_all(const Plan& plan, const Fields& f) const {
+    for (size_t i = 0; i < forwards.size(); ++i) capture(plan, f, slots[i], forwards[i]);
+  }
+  // room that sums of weights need beside their results
+  size_t scratch() const {
+    size_t room = 0;
+    for (const WeightView& v : weights) room += v.major_length() + v.partial_length();
+    return room;
+  }
+};
+
+// which groups a forward reached since the last step, and the weights that these groups need
+struct Reached {
+  std::vector<int64_t> groups, weights;
   bool any = false;
-  for (int64_t s = 0; s < h.slots; ++s) {
-    if (f.seen[s] == 0) continue;
-    any = true;
-    const Group& group = plan.groups[plan.slots[s].group];
-    reached[plan.slots[s].group] = 1;
-    if (plan.slots[s].weight >= 0) needed[plan.slots[s].weight] = 1;
-    for (int64_t i = 0; i < group.incoming; ++i) needed[plan.incoming[group.first_incoming + i].weight] = 1;
-  }
-  if (!any) return 0;
 
+  Reached(const Plan& plan, const Fields& f) : groups(plan.header->groups, 0), weights(plan.header->weights, 0) {
+    for (int64_t s = 0; s < plan.header->slots; ++s) {
+      if (f.seen[s] == 0) continue;
+      any = true;
+      const Group& group = plan.groups[plan.slots[s].group];
+      groups[plan.slots[s].group] = 1;
+      if (plan.slots[s].weight >= 0) weights[plan.slots[s].weight] = 1;
+      for (int64_t i = 0; i < group.incoming; ++i) weights[plan.incoming[group.first_incoming + i].weight] = 1;
+    }
+  }
+};
+
+// sums of magnitudes of the weights that are needed, to their places in `flat`
+void sum_weights(const Plan& plan, std::vector<WeightView>& views, const std::vector<int64_t>& needed, double* flat,
+                 Scratch& scratch) {
+  const Header& h = *plan.header;
   struct Part {
     int64_t weight, group, part;
   };
   std::vector<Part> parts;
-  size_t room = 0;
   int64_t elements = 0;
-  for (int64_t i = 0; i < h.weights; ++i) {
-    const WeightView& v = views[i];
-    room += v.major_length() + v.partial_length() + plan.weights[i].size[0] + v.conv_groups * plan.weights[i].size[1];
-    if (!needed[i]) continue;
-    elements += v.conv_groups * v.major * v.minor;
-    for (int64_t g = 0; g < v.conv_groups; ++g)
-      for (int64_t p = 0; p < v.parts; ++p) parts.push_back({i, g, p});
-  }
-  Scratch scratch(room);
-  std::vector<const double*> outputs(h.weights), inputs(h.weights);
   for (int64_t i = 0; i < h.weights; ++i) {
     WeightView& v = views[i];
     v.major_sums = scratch.take<double>(v.major_length());
     v.partial = scratch.take<double>(v.partial_length());
-    v.rows = scratch.take<double>(plan.weights[i].size[0]);
-    v.columns = scratch.take<double>(v.conv_groups * plan.weights[i].size[1]);
-    outputs[i] = plan.weights[i].out_axis == 0 ? v.rows : v.columns;
-    inputs[i] = plan.weights[i].out_axis == 0 ? v.columns : v.rows;
+    v.rows = flat + plan.weights[i].rows + plan.weights[i].part_row;
+    v.columns = flat + plan.weights[i].columns + plan.weights[i].part_column;
+    if (!needed[i]) continue;
+    elements += v.conv_groups * v.major * v.minor;
+    for (int64_t g = 0; g < v.conv_groups; ++g)
+      for (int64_t p = 0; p < v.parts; ++p) parts.push_back({i, g, p});
   }
   for_each(static_cast<int64_t>(parts.size()), elements, [&](int64_t i) {
     const Part& p = parts[i];
@@ -446,19 +464,85 @@ int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::v
   for_each(h.weights, elements / 16, [&](int64_t i) {
     if (needed[i]) finish_sums(views[i], plan.weights[i]);
   });
+}
 
+// from sums to the choice; returns how many units were chosen
+int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, const Reached& reached) {
+  const Header& h = *plan.header;
   ++*f.step;
-  const Sums sums{outputs.data(), inputs.data()};
   if (h.utility_bytes == 8)
-    choose_all<double>(plan, f, sums, reached);
+    choose_all<double>(plan, f, flat, reached.groups);
   else
-    choose_all<float>(plan, f, sums, reached);
+    choose_all<float>(plan, f, flat, reached.groups);
   std::fill(f.seen, f.seen + h.slots, 0);
   std::fill(f.sums, f.sums + h.columns, 0.0);
   if (h.keeps_mean) std::fill(f.feature, f.feature + h.columns, 0.0);
   int64_t chosen = 0;
   for (int64_t g = 0; g < h.groups; ++g) chosen += f.num_chosen[g];
   return chosen;
+}
+
+int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
+                std::vector<int64_t> held_slots) {
+  const Plan plan = checked_plan(buffer, table);
+  const Fields f(*plan.header, buffer.mutable_data_ptr());
+  Inputs inputs(plan, weights, held, std::move(held_slots));
+  inputs.capture_all(plan, f);
+  const Reached reached(plan, f);
+  if (!reached.any) return 0;
+  Scratch scratch(inputs.scratch() + plan.header->flat);
+  double* flat = scratch.take<double>(plan.header->flat);
+  sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
+  return choose_reached(plan, f, flat, reached);
+}
+
+double* checked_flat(const Tensor& flat, const Plan& plan) {
+  CBP_CHECK(flat.is_cpu() && flat.scalar_type() == ScalarType::Double && flat.is_contiguous() &&
+                flat.numel() == plan.header->flat,
+            "the flat sums must be a contiguous float64 tensor of the plan's size on the CPU");
+  return static_cast<double*>(flat.mutable_data_ptr());
+}
+
+// f(position in `flat`, column) for what is summed over samples: of one slot, or of the whole network
+template <typename F>
+void for_each_total(const Header& h, const Fields& f, int64_t first, int64_t columns, double* flat, const F& move) {
+  move(f.sums + first, flat + h.slots + first, columns);
+  if (h.keeps_mean) move(f.feature + first, flat + h.slots + h.columns + first, columns);
+}
+
+void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, std::vector<Tensor> held,
+          std::vector<int64_t> held_slots) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.mutable_data_ptr());
+  double* flat = checked_flat(out, plan);
+  Inputs inputs(plan, weights, held, std::move(held_slots));
+  inputs.capture_all(plan, f);
+  std::fill(flat, flat + h.flat, 0.0);
+  for (int64_t s = 0; s < h.slots; ++s) {
+    const Slot& slot = plan.slots[s];
+    if (slot.counts) flat[s] = static_cast<double>(f.seen[s]);
+    if (slot.adds)
+      for_each_total(h, f, slot.first_column, slot.columns, flat,
+                     [](const double* mine, double* total, int64_t n) { std::copy(mine, mine + n, total); });
+  }
+  // another process may have reached what this one has not
+  std::vector<int64_t> needed(h.weights);
+  for (int64_t i = 0; i < h.weights; ++i) needed[i] = plan.weights[i].adds;
+  Scratch scratch(inputs.scratch());
+  sum_weights(plan, inputs.weights, needed, flat, scratch);
+}
+
+int64_t choose_(Tensor buffer, Tensor table, Tensor sums) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.mutable_data_ptr());
+  double* flat = checked_flat(sums, plan);
+  for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
+  for_each_total(h, f, 0, h.columns, flat,
+                 [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
+  const Reached reached(plan, f);
+  return reached.any ? choose_reached(plan, f, flat, reached) : 0;
 }
 
 Target target_of(const Tensor& t, const Region& region) {
@@ -468,7 +552,9 @@ Target target_of(const Tensor& t, const Region& region) {
   for (int64_t d = 0; d < MAX_DIMS; ++d) {
     target.size[d] = d < region.dims ? sizes[d] : 1;
     target.stride[d] = d < region.dims ? strides[d] : 0;
-    CBP_CHECK(target.size[d] == region.size[d], "a tensor to re-initialise changed its shape");
+    target.first[d] = region.first[d];
+    target.whole[d] = region.size[d];
+    CBP_CHECK(target.size[d] == region.part[d], "a tensor to re-initialise changed its shape");
   }
   target.data = t.mutable_data_ptr();
   return target;
@@ -524,6 +610,7 @@ void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vect
       for (int64_t d = 0; d < MAX_DIMS; ++d) {
         job.weight.size[d] = d < w.dim() ? sizes[d] : 1;
         job.weight.stride[d] = d < w.dim() ? strides[d] : 0;
+        job.weight.whole[d] = job.weight.size[d];
       }
       job.weight.data = w.mutable_data_ptr();
     }
@@ -552,5 +639,7 @@ void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vect
 STABLE_TORCH_LIBRARY_IMPL(cbp_fast, CPU, m) {
   m.impl("capture_", TORCH_BOX(&cbp::capture_));
   m.impl("select_", TORCH_BOX(&cbp::select_));
+  m.impl("sum_", TORCH_BOX(&cbp::sum_));
+  m.impl("choose_", TORCH_BOX(&cbp::choose_));
   m.impl("reinit_", TORCH_BOX(&cbp::reinit_));
 }

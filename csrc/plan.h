@@ -21,6 +21,8 @@ struct Header {
   int64_t count;    // 0 floor(pending), 1 a coin for the fraction, 2 one if more than one is pending
   int64_t step, seed, hyper, pending, num_replaced, seen, sums, feature, running_mean, utility, age, num_chosen, chosen;
   int64_t bytes;
+  int64_t flat;           // length of what `sum_` writes: by slot, by column, and the sums of weights
+  int64_t previous_mean;  // h_hat is that of the step before, which all processes know
 };
 // the indices along an axis that belong to unit j: start + j * unit_stride + p * position_stride, p < per_unit
 struct Block {
@@ -33,6 +35,9 @@ struct Group {
 struct Slot {
   int64_t group, first_column, columns, weight, spatial, features;
   Block block;  // of the layer's features
+  // what this process sees: the layer's input has this many features there, the group's from one of them on are so many
+  // columns from `seen_column` on; and whether the samples, and what is summed over them, are not another's to count
+  int64_t seen_features, seen_feature, seen_column, seen_columns, counts, adds;
   // the place of feature (j, p) among the columns
   int64_t column(int64_t j, int64_t p) const { return j * block.unit_stride + p * block.position_stride; }
 };
@@ -44,6 +49,11 @@ struct Weight {
   int64_t dtype, dims, size[MAX_DIMS], conv_groups;
   int64_t out_axis;                   // 0 rows are outputs, 1 columns are
   int64_t reads_rows, reads_columns;  // which sums are needed
+  int64_t rows, columns;              // where they lie in what `sum_` writes
+  // the part of it that is here, where its own sums begin among those, and whether they are not another's to add
+  int64_t part[MAX_DIMS], part_groups, part_row, part_column, adds;
+  int64_t outputs() const { return out_axis == 0 ? rows : columns; }
+  int64_t inputs() const { return out_axis == 0 ? columns : rows; }
   int64_t numel() const { return size[0] * size[1] * size[2] * size[3] * size[4]; }
 };
 struct Region {
@@ -54,9 +64,10 @@ struct Region {
   int64_t distribution;  // 0 uniform in [-value, value), 1 normal with deviation value, 2 uniform in [0, 1)
   double value;
   int64_t slot, dims, size[MAX_DIMS];
+  int64_t part[MAX_DIMS], first[MAX_DIMS];  // of the tensor that is here: its sizes, and where it lies in the whole
 };
-static_assert(sizeof(Header) == 30 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 10 * 8 &&
-              sizeof(Incoming) == 5 * 8 && sizeof(Weight) == 11 * 8 && sizeof(Region) == 18 * 8);
+static_assert(sizeof(Header) == 32 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 16 * 8 &&
+              sizeof(Incoming) == 5 * 8 && sizeof(Weight) == 22 * 8 && sizeof(Region) == 28 * 8);
 
 struct Plan {
   const Header* header;

@@ -10,50 +10,57 @@
 
 namespace cbp {
 
+// the part of a tensor that is here, and where it lies in the whole one
 struct Target {
   void* data;
-  int64_t size[MAX_DIMS], stride[MAX_DIMS];
+  int64_t size[MAX_DIMS], stride[MAX_DIMS], first[MAX_DIMS], whole[MAX_DIMS];
 };
 
-// f(offset, element, n, stride) for every run of elements that unit j owns: `n` elements with consecutive row-major
-// numbers from `element` on, `stride` apart in memory from `offset` on
+// f(offset, element, n, stride) for every run of elements that unit j owns here: `n` elements with consecutive
+// row-major numbers in the whole tensor from `element` on, `stride` apart in memory from `offset` on
 template <typename F>
 void for_each_run(const Target& t, const Region& region, int64_t j, const F& f) {
-  int64_t inner = 1;
-  for (int64_t d = region.axis + 1; d < MAX_DIMS; ++d) inner *= t.size[d];
+  // how far apart the numbers of neighbours along an axis are
+  int64_t number[MAX_DIMS], inner = 1, inner_first = 0;
+  for (int64_t d = MAX_DIMS - 1, n = 1; d >= 0; n *= t.whole[d--]) number[d] = n;
+  for (int64_t d = region.axis + 1; d < MAX_DIMS; ++d) {
+    inner *= t.size[d];
+    inner_first += t.first[d] * number[d];
+  }
   // the last axes are one run if they are dense, as those of a contiguous tensor are
   int64_t run = 1, stride = 0, axis = MAX_DIMS;
-  while (axis > region.axis + 1) {
+  for (; axis > region.axis + 1; --axis) {
     const int64_t d = axis - 1;
-    if (t.size[d] == 1) {
-      --axis;
-      continue;
-    }
-    if (run > 1 && t.stride[d] != run * stride) break;
+    if (t.size[d] == 1) continue;
+    if (number[d] != run || (run > 1 && t.stride[d] != run * stride)) break;
     if (run == 1) stride = t.stride[d];
     run *= t.size[d];
-    --axis;
   }
   const auto inner_runs = [&](int64_t offset, int64_t element) {
     for (int64_t i = 0; i < inner; i += run) {
-      int64_t rest = i / run, at = offset;
+      int64_t rest = i / run, at = offset, e = element + inner_first;
       for (int64_t d = axis - 1; d > region.axis; --d) {
         at += rest % t.size[d] * t.stride[d];
+        e += rest % t.size[d] * number[d];
         rest /= t.size[d];
       }
-      f(at, element + i, run, stride);
+      f(at, e, run, stride);
     }
   };
+  const auto here = [&](int64_t index, int64_t d) { return index >= t.first[d] && index < t.first[d] + t.size[d]; };
   for (int64_t p = 0; p < region.block.per_unit; ++p) {
     const int64_t index = region.block.index(j, p);
     if (region.axis == 0) {
-      inner_runs(index * t.stride[0], index * inner);
+      if (here(index, 0)) inner_runs((index - t.first[0]) * t.stride[0], index * number[0]);
       continue;
     }
     // a grouped convolution's column lies in the rows of its group
-    const int64_t rows = t.size[0] / region.conv_groups, first = index / t.size[1] * rows, column = index % t.size[1];
-    for (int64_t r = first; r < first + rows; ++r)
-      inner_runs(r * t.stride[0] + column * t.stride[1], (r * t.size[1] + column) * inner);
+    const int64_t rows = t.whole[0] / region.conv_groups, group = index / t.whole[1], column = index % t.whole[1];
+    if (!here(column, 1)) continue;
+    const int64_t last = std::min((group + 1) * rows, t.first[0] + t.size[0]);
+    for (int64_t r = std::max(group * rows, t.first[0]); r < last; ++r)
+      inner_runs((r - t.first[0]) * t.stride[0] + (column - t.first[1]) * t.stride[1],
+                 r * number[0] + column * number[1]);
   }
 }
 
@@ -76,6 +83,23 @@ inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n
   }
 }
 
+// The chosen units' columns of a matrix. Every element lies in a page of its own, so all units' are set for some rows
+// before the next rows, and nothing stands between two stores, of which many are then under way at a time.
+template <typename T>
+void fill_columns(const Region& region, const Target& t, const int32_t* chosen, int64_t n, T fill) {
+  constexpr int64_t ROWS = 32;
+  for (int64_t row = 0; row < t.size[0]; row += ROWS) {
+    const int64_t rows = std::min(ROWS, t.size[0] - row);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t p = 0; p < region.block.per_unit; ++p) {
+        const int64_t column = region.block.index(chosen[i], p) - t.first[1];
+        if (column < 0 || column >= t.size[1]) continue;
+        T* out = static_cast<T*>(t.data) + row * t.stride[0] + column * t.stride[1];
+        for (int64_t r = 0; r < rows; ++r) out[r * t.stride[0]] = fill;
+      }
+  }
+}
+
 template <typename T>
 void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, const Target& t) {
   constexpr int64_t BLOCK = 1024;
@@ -83,6 +107,8 @@ void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, 
   const Group& group = plan.groups[region.group];
   const bool draws = region.kind == 0 && !slot;
   const T fill = static_cast<T>(static_cast<float>(slot ? 0.0 : region.value));
+  if (!draws && region.axis == 1 && region.dims == 2)
+    return fill_columns(region, t, f.chosen + group.first_unit, f.num_chosen[region.group], fill);
   for (int64_t i = 0; i < f.num_chosen[region.group]; ++i)
     for_each_run(t, region, f.chosen[group.first_unit + i], [&](int64_t at, int64_t element, int64_t n, int64_t s) {
       T* out = static_cast<T*>(t.data) + at;

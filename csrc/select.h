@@ -9,14 +9,9 @@
 
 namespace cbp {
 
-// what a group needs while it is worked on; sums of weights are null where the rule does not read them
-struct Sums {
-  const double* const* outputs;  // of each weight, [out]
-  const double* const* inputs;   // of each weight, [in]
-};
-
-// y[j] in double: activation statistic x weight statistic; README says what each rule multiplies
-inline void utility_now(const Plan& plan, const Fields& f, const Group& group, const Sums& sums, double* y) {
+// y[j] in double: activation statistic x weight statistic; README says what each rule multiplies. `flat` holds the sums
+// of weights, where each says.
+inline void utility_now(const Plan& plan, const Fields& f, const Group& group, const double* flat, double* y) {
   const Header& h = *plan.header;
   const int64_t n = group.units, per_unit = group.columns_per_unit;
   std::fill(y, y + n, 0.0);
@@ -29,7 +24,7 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     // clarena has one mean over all readers: sums first, one division at the end
     const double divisor = h.incoming_use == 1 ? 1.0 : seen;
     const double* activation = f.sums + slot.first_column;
-    const double* weight = h.outgoing ? sums.inputs[slot.weight] + slot.block.start : nullptr;
+    const double* weight = h.outgoing ? flat + plan.weights[slot.weight].inputs() + slot.block.start : nullptr;
     const auto add = [&](const auto& term) {
       if (per_unit == 1) {
         for (int64_t j = 0; j < n; ++j) y[j] += term(j);
@@ -68,13 +63,15 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     fan_in += i->block.per_unit * (w.numel() / w.size[w.out_axis]);
   }
   if (group.incoming == 1 && first->block.unit_stride == 1 && first->block.per_unit == 1)
-    weigh([sum = sums.outputs[first->weight] + first->block.start](int64_t j) { return sum[j]; }, fan_in);
+    weigh([sum = flat + plan.weights[first->weight].outputs() + first->block.start](int64_t j) { return sum[j]; },
+          fan_in);
   else
     weigh(
         [&](int64_t j) {
           double total = 0;
           for (const Incoming* i = first; i < last; ++i)
-            for (int64_t p = 0; p < i->block.per_unit; ++p) total += sums.outputs[i->weight][i->block.index(j, p)];
+            for (int64_t p = 0; p < i->block.per_unit; ++p)
+              total += flat[plan.weights[i->weight].outputs() + i->block.index(j, p)];
           return total;
         },
         fan_in);

@@ -19,6 +19,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--isa", choices=_C.isa_levels(), default=_C.get_isa(), help="instruction set of all tests")
+
+
+def pytest_configure(config):
+    _C.set_isa(config.getoption("--isa"))
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     return request.param

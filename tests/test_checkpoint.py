@@ -13,6 +13,7 @@ from cbp_fast import ContinualBackprop, Rule
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9),
     "adam": lambda parameters: torch.optim.Adam(parameters, 0.003),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, 0.003, fused=True),
 }
 RULES = {
     "nature": Rule.nature(),
@@ -21,6 +22,7 @@ RULES = {
     "centred": Rule.gnt("adaptable_contribution"),
     "coin": Rule.gnt(accumulate=False),
     "random": Rule.gnt("random", accrual="all"),
+    "as attached": Rule.nature(init="as_attached"),
 }
 
 
@@ -117,6 +119,7 @@ def test_what_was_saved_does_not_follow_the_run(backend, everything):
         ("centred", "adam"),
         ("coin", "sgd"),
         ("random", "adam"),
+        ("as attached", "fused adamw"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(backend, everything, rule, optimizer):
@@ -166,7 +169,8 @@ def test_forwards_before_loading_are_forgotten(backend):
     state = run.cbp.state_dict()
     run.model(torch.ones(3, 12))
     run.cbp.load_state_dict(state)
-    run.cbp.step()
+    with pytest.warns(UserWarning, match="no training forward"):
+        run.cbp.step()
     assert run.cbp.state_dict()["step"] == 0
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -233,6 +234,137 @@ def test_other_groups_of_the_model_may_have_another_one():
     assert (one.age["0"].max(), other.age["2"].max()) == (1, 0)
 
 
+def test_a_compiled_model_is_refused():
+    compiled_in_place = mlp()
+    compiled_in_place.compile(backend="eager")
+    for model in (compiled_in_place, torch.compile(mlp(), backend="eager")):
+        with pytest.raises(ValueError, match="compiled already and would not call new hooks; attach first"):
+            ContinualBackprop(model)
+
+
+class TwoInputs(nn.Module):
+    """Its forward takes what cannot be guessed."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, scale):
+        return self.out((self.hidden(x) * scale).relu())
+
+
+def test_without_inputs_groups_are_found_in_the_first_training_forward(backend, everything):
+    """From there on it is as if attached with example_inputs."""
+    results = []
+    for example_inputs in (None, (torch.randn(2, 6), 2.0)):
+        torch.manual_seed(0)
+        model = TwoInputs()
+        optimizer = momentum(model)
+        cbp = ContinualBackprop(model, optimizer, example_inputs=example_inputs, backend=backend, **EAGER)
+        if example_inputs is None:
+            assert (cbp.groups, cbp.utility, cbp.num_replaced) == ([], {}, {})
+            assert "found in the first training forward" in repr(cbp)
+            with torch.no_grad():
+                model(torch.randn(2, 6), 1.0)
+            assert cbp.groups == []
+        stream = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6, generator=stream), scale=2.0).sum().backward()
+            optimizer.step()
+        assert cbp.groups == [UnitGroup("hidden", ("hidden",), ("out",))]
+        results.append(everything(model, optimizer, cbp))
+        cbp.remove()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    assert results[0] == results[1]
+
+
+def test_a_state_loaded_before_the_first_forward_is_gone_on_from(backend):
+    model = TwoInputs()
+    attached = ContinualBackprop(model, example_inputs=(torch.randn(2, 6), 2.0), backend=backend, seed=11)
+    model(torch.randn(4, 6), 1.0)
+    attached.step()
+    attached.remove()
+    state = attached.state_dict()
+    cbp = ContinualBackprop(model, backend=backend)
+    with pytest.raises(RuntimeError, match="no state yet"):
+        cbp.state_dict()
+    cbp.load_state_dict(state)
+    model(torch.randn(4, 6), 1.0)
+    assert cbp.state_dict()["step"] == 1
+    same(cbp.utility["hidden"], state["groups"]["hidden"]["utility"])
+
+
+def test_a_first_forward_without_groups_says_why():
+    class Sum(TwoInputs):
+        def forward(self, x, scale):
+            return self.hidden(x) * scale
+
+    model = Sum()
+    ContinualBackprop(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the model has no unit group to work on"):
+            model(torch.randn(2, 6), 1.0)
+    assert not any(module._forward_pre_hooks for module in model.children())
+
+
+def test_a_replaced_layer_is_named_and_refresh_follows_it(attached, everything):
+    model, _, cbp, stream = attached
+    before = everything(cbp)
+    ages = {name: age.clone() for name, age in cbp.age.items()}
+    model[2] = nn.Linear(16, 16)
+    stream.loss()
+    with pytest.raises(RuntimeError, match="'2' was replaced after attaching; call refresh"):
+        cbp.step()
+    with pytest.raises(ValueError, match=r"the optimizer does not hold 2\.weight"):
+        cbp.refresh()
+    assert everything(cbp) == before
+    cbp._optimizers[0].add_param_group({"params": model[2].parameters()})
+    cbp.refresh()
+    assert {name: age.tolist() for name, age in cbp.age.items()} == {n: age.tolist() for n, age in ages.items()}
+    stream.train(1)
+    assert cbp.age["0"].max() == ages["0"].max() + 1
+
+
+@pytest.mark.parametrize("rule", ["nature", Rule.gnt("zero_contribution", transfer_bias=True)])
+def test_refresh_keeps_what_was_known_and_adds_what_is_new(backend, rule, everything):
+    """A task that brings a head, and a layer before it."""
+    model = nn.ModuleDict({"body": nn.Linear(6, 16), "a": nn.Linear(16, 3)})
+    optimizer = momentum(model)
+    body = UnitGroup("body", "body", "a")
+    cbp = ContinualBackprop(model, optimizer, groups=body, rule=rule, backend=backend, **EAGER)
+
+    def train(steps):
+        for _ in range(steps):
+            h = model["body"](torch.randn(8, 6)).relu()
+            heads = [model["a"](h)] + ([model["b"](model["more"](h).relu())] if "b" in model else [])
+            optimizer.zero_grad()
+            sum((head - 1).square().mean() for head in heads).backward()
+            optimizer.step()
+
+    train(6)
+    before = cbp.state_dict()
+    model.update({"more": nn.Linear(16, 4), "b": nn.Linear(4, 3)})
+    for layer in ("more", "b"):
+        optimizer.add_param_group({"params": model[layer].parameters()})
+    cbp.refresh(groups=[UnitGroup("body", "body", ["a", "more"]), UnitGroup("more", "more", "b")])
+    after = cbp.state_dict()
+    for key in ("utility", "age", "pending", "num_replaced"):
+        assert everything_equal(after["groups"]["body"][key], before["groups"]["body"][key])
+    if "running_mean" in after["groups"]["body"]:
+        same(after["groups"]["body"]["running_mean"][:16], before["groups"]["body"]["running_mean"])
+    assert {k: after[k] for k in ("seed", "step", "replacement_rate")} == {
+        k: before[k] for k in ("seed", "step", "replacement_rate")
+    }
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 3
+    train(9)
+    assert cbp.num_replaced["more"] > 0
+
+
+def everything_equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("rule", ["nature", "clarena"])
 def test_a_collision_of_random_streams_is_refused(monkeypatch, rule):
     monkeypatch.setattr(cbp_fast.state, "stream_id", lambda name, group=False: 5 + group)
@@ -253,7 +385,9 @@ def test_it_is_neither_copied_nor_pickled(attached):
 def observed(cbp):
     """Whether a forward was seen since the last step."""
     before = cbp.state_dict()["step"]
-    cbp.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no training forward")
+        cbp.step()
     return cbp.state_dict()["step"] > before
 
 
@@ -274,6 +408,15 @@ def test_a_forward_in_eval_mode_is_not_observed(backend):
     model.train()
     model(torch.randn(4, 6))
     assert observed(cbp)
+
+
+def test_a_first_step_without_a_forward_is_said_once(backend):
+    model = mlp()
+    cbp = ContinualBackprop(model, backend=backend)
+    with pytest.warns(UserWarning, match="no training forward of the model was seen before the first step"):
+        cbp.step()
+    cbp.step()
+    assert cbp.state_dict()["step"] == 0
 
 
 def test_evaluation_between_steps_changes_nothing(backend, everything):

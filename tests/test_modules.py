@@ -1,6 +1,11 @@
 """`CBPLinear` and `CBPConv` as layers in a network."""
 
 import copy
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,7 +195,9 @@ def test_a_step_of_all_layers_happens_whole_or_not_at_all():
     model(torch.randn(5, 4)).sum().backward()
     model[3].bias = nn.Parameter(torch.zeros(9))
     before = [model[0].weight.clone(), model[2].age.clone(), model[2].num_replaced]
-    with pytest.raises(RuntimeError, match=r"in_layer\.bias has shape \(9,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"CBPLinear number \d+, .*: in_layer\.bias has shape \(9,\).*make the layer anew"
+    ):
         optimizer.step()
     assert torch.equal(model[0].weight, before[0])
     assert torch.equal(model[2].age, before[1])
@@ -223,6 +230,18 @@ def test_with_two_optimizers_a_layer_steps_after_both():
     assert not optimizers[1].state[model[3].weight]["exp_avg"][:, replaced].any()
 
 
+def test_an_optimizer_of_an_earlier_task_is_not_waited_for():
+    model = two_layers(replacement_rate=0.0)
+    optimizers = []
+    for _ in range(3):
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.0))
+        for _ in range(10):
+            model(torch.randn(5, 4)).sum().backward()
+            optimizers[-1].step()
+    # a change costs one step
+    assert (model[2].age == 28).all()
+
+
 def test_layers_do_not_share_random_numbers():
     torch.manual_seed(0)
     draws = []
@@ -234,6 +253,145 @@ def test_layers_do_not_share_random_numbers():
         optimizer.step()
         draws.append(fc1.weight.detach().clone())
     assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("utility", Rule.UTILITIES)
+def test_every_utility_trains(utility):
+    torch.manual_seed(0)
+    model = Net(util_type=utility, decay_rate=0.9)
+    train(model, torch.optim.Adam(model.parameters()), 20)
+    assert all(layer.num_replaced > 1 for layer in layers(model))
+    assert all(p.isfinite().all() for p in model.parameters())
+    # of a random score nothing is averaged
+    assert all(bool(layer.utility.any()) == (utility != "random") for layer in layers(model))
+
+
+def test_accumulated_and_uneven_batches_are_one_batch():
+    """Utility is a mean over all samples since the last step, however they were divided."""
+    ages, utilities = [], []
+    for parts in ([8], [1, 5, 2]):
+        torch.manual_seed(0)
+        model = Net(replacement_rate=0.0).double()
+        model.norm1.eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in torch.randn(3, 8, 3, 8, 8, dtype=torch.float64):
+            optimizer.zero_grad()
+            for part in x.split(parts):
+                model(part).sum().backward()
+            optimizer.step()
+        ages.append([layer.age.tolist() for layer in layers(model)])
+        utilities.append([layer.utility for layer in layers(model)])
+    assert ages[0] == ages[1] == [[3] * 6, [3] * 8, [3] * 16]
+    torch.testing.assert_close(*utilities)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_may_be_converted_to_another_type(dtype):
+    torch.manual_seed(0)
+    model = Net()
+    train(model, torch.optim.Adam(model.parameters()), 20)
+    model.to(dtype)
+    before, totals = [layer.age.clone() for layer in layers(model)], [layer.num_replaced for layer in layers(model)]
+    assert [layer.get_extra_state()["groups"].popitem()[1]["utility"].dtype for layer in layers(model)] == [
+        torch.float64 if dtype == torch.float64 else torch.float32
+    ] * 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(torch.randn(4, 3, 8, 8, dtype=dtype)).sum().backward()
+    optimizer.step()
+    for layer, age, total in zip(layers(model), before, totals, strict=True):
+        assert torch.equal(layer.age, torch.where(layer.age == 0, 0, age + 1))
+        assert layer.num_replaced >= total > 0
+
+
+def test_layers_without_bias_affine_free_norms_and_grouped_convolutions():
+    torch.manual_seed(0)
+    conv1, conv2 = nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.Conv2d(8, 6, 3, groups=2, bias=False)
+    norm1, fc = nn.BatchNorm2d(8, affine=False), nn.Linear(24, 5, bias=False)
+    norm3, head = nn.LayerNorm(5, elementwise_affine=False, bias=False), nn.Linear(5, 2)
+    options = {"replacement_rate": 1.0, "maturity_threshold": 2}
+    one = CBPConv(conv1, conv2, bn_layer=norm1, **options)
+    two = CBPConv(conv2, fc, num_last_filter_outputs=4, **options)
+    three = CBPLinear(fc, head, ln_layer=norm3, **options)
+    model = nn.Sequential(conv1, norm1, nn.ReLU(), one, conv2, two, nn.Flatten(), fc, norm3, three, head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        before = conv1.weight.detach().clone()
+        model(torch.randn(5, 4, 6, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (one.num_replaced, two.num_replaced, three.num_replaced) == (8, 6, 5)
+    assert not norm1.running_mean.any()
+    assert not head.weight.any()
+    # drawn as PyTorch draws them: a filter reads 4 / 2 channels of 3 x 3
+    bound = (1 / (2 * 9)) ** 0.5
+    assert (conv1.weight != before).all()
+    assert 0.9 * bound < conv1.weight.abs().max() <= bound
+
+
+def test_the_hook_for_all_optimizers_goes_with_the_last_layer():
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+
+    gc.collect()
+    before = len(hooks)
+    model = two_layers()
+    assert len(hooks) == before
+    model(torch.randn(2, 4))
+    assert len(hooks) == before + 1
+    twin = copy.deepcopy(model)
+    twin(torch.randn(2, 4))
+    del model
+    gc.collect()
+    assert len(hooks) == before + 1
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+
+    # in the midst of a step it has to stay, or torch's loop over the hooks would break
+    def drop(optimizer, args, kwargs):
+        nonlocal twin
+        del twin
+        gc.collect()
+
+    handle = optimizer.register_step_post_hook(drop)
+    optimizer.step()
+    handle.remove()
+    assert len(hooks) == before + 1
+    model = two_layers()
+    model(torch.randn(2, 4))
+    assert len(hooks) == before + 1
+    del model
+    gc.collect()
+    assert len(hooks) == before
+
+
+def test_a_loaded_model_steps_in_a_process_that_made_no_layer(trained, tmp_path):
+    torch.save(trained[0], tmp_path / "model.pt")
+    code = (
+        "import sys, torch, test_modules as t\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "t.train(model, torch.optim.SGD(model.parameters(), lr=0.0), 2)\n"
+        "assert max(int(layer.age.max()) for layer in t.layers(model)) == int(sys.argv[2]) + 2\n"
+    )
+    oldest = max(int(layer.age.max()) for layer in layers(trained[0]))
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt"), str(oldest)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: CBPLinear(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)),
+            "CBPLinear: in_layer is a Conv2d, must be",
+        ),
+        (lambda: CBPLinear(nn.Linear(3, 4), nn.Conv2d(4, 2, 3)), "CBPLinear: out_layer is a Conv2d, must be a Linear"),
+        (lambda: CBPConv(nn.Linear(3, 4), nn.Linear(4, 2)), "CBPConv: in_layer is a Linear, must be a convolution"),
+        (lambda: CBPConv(nn.Conv2d(3, 4, 3), nn.ReLU()), "out_layer is a ReLU, must be a convolution or a Linear"),
+    ],
+    ids=["convolutions", "reader", "linear", "activation"],
+)
+def test_layers_of_another_kind_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,8 @@ def _compiled(case: Case, rule: str) -> Callable[[], None]:
     @torch.compile
     @torch.no_grad()
     def step(weights: list[Tensor], seen: list[Tensor]) -> None:
-        for slot, h in enumerate(seen):
-            reference.capture_(engine.state, slot, h)
-        reference.choose_(engine.state, weights)
+        reference.sum_(engine.state, weights, seen, range(len(seen)))
+        reference.choose_groups_(engine.state)
 
     hooks = [list(slot.module._forward_pre_hooks.values())[-1] for slot in engine.state.slots]
     calls = list(zip(hooks, [slot.module for slot in engine.state.slots], [(h,) for h in seen], strict=True))

@@ -1,0 +1,220 @@
+"""What knows of several processes: which they are, what they must agree on, and what of a step is whose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .dtensors import Place, is_dtensor, place_of
+from .unit_groups import Member, ResolvedGroup, out_axis, read_width
+
+if TYPE_CHECKING:
+    from .state import State
+
+if dist.is_available():
+    from torch.distributed.algorithms.join import Join, JoinHook
+    from torch.distributed.algorithms.join import Joinable as Joinable
+else:
+
+    class Joinable:  # type: ignore[no-redef]
+        """Stands in where PyTorch was built without torch.distributed."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train one model together, and what of a step is this one's.
+
+    Attributes:
+        group: over which the sums are reduced.
+        seed: of all of them.
+        counts: whether this process counts samples: along a tensor-parallel dimension all see the same ones.
+        tensor_parallel: by parameter, the dimensions of its mesh that are tensor-parallel.
+        first: by name of a split weight, whether this process is the first that holds its part.
+    """
+
+    group: Any
+    seed: int
+    counts: bool
+    tensor_parallel: dict[Tensor, range]
+    first: dict[str, bool]
+
+    def place(self, name: str, tensor: Tensor) -> Place:
+        """As `place_of`, with who adds it."""
+        place = place_of(name, tensor)
+        return place._replace(adds=place.part.numel() > 0 and self.first.get(name, True))
+
+    def seen(self, member: Member) -> range:
+        """The features of its input that a reading layer sees in this process."""
+        axis = 1 - out_axis(member.module)
+        weight = member.module.weight
+        dims = self.tensor_parallel.get(weight, range(0))  # type: ignore[arg-type]
+        if any(getattr(weight.placements[d], "dim", None) == axis for d in dims):  # type: ignore[union-attr, index]
+            place = place_of(member.name, weight)  # type: ignore[arg-type]
+            return range(place.first[axis], place.first[axis] + place.part[axis])
+        return range(read_width(member.module))
+
+    def reduce_(self, flat: Tensor) -> None:
+        """Add up what all processes have; every one gets the same bits."""
+        dist.all_reduce(flat, group=self.group)
+
+
+def several_processes() -> bool:
+    """Whether PyTorch runs in more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def join_processes(
+    model: nn.Module, groups: Sequence[ResolvedGroup], process_group: Any, seed: int | None, settings: dict[str, Any]
+) -> Processes | None:
+    """Find the processes that train the model together, and agree with them on what all must have alike.
+
+    One all_gather. None where this is the only process.
+
+    Args:
+        settings: what must be equal everywhere, by name.
+
+    Raises:
+        ValueError: a process has another network, seed or setting, or the model is parallel in a way that does not
+            work.
+    """
+    tensor_parallel = _tensor_parallel(model)
+    group = _group(model, process_group)
+    if group is None:
+        return None
+    members = {m.name: m for g in groups for m in (*g.incoming, *g.outgoing, *g.norms)}
+    shapes = {
+        f"{name}.{key}": (tuple(p.shape), str(p.dtype))
+        for name, member in members.items()
+        for key, p in member.module.named_parameters(recurse=False)
+    }
+    places = {}
+    for name, member in members.items():
+        where = place_of(name, member.module.weight)  # type: ignore[arg-type]
+        if where.split:
+            places[f"{name}.weight"] = where.part, where.first
+    parts = {g.name: [(m.name, *m.block) for m in (*g.incoming, *g.outgoing, *g.norms)] for g in groups}
+    alike = {"parameters": shapes, "groups": parts, "seed": seed, **settings}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (alike, places, torch.initial_seed()), group=group)
+    _check_alike([theirs for theirs, _, _ in everyone])
+    first = {}
+    for name, place in places.items():
+        held = [theirs[name] for _, theirs, _ in everyone]
+        if sum(part.numel() for part, _ in set(held)) != torch.Size(shapes[name][0]).numel():
+            raise ValueError(
+                f"the parts of {name} in the {len(held)} processes do not make up the whole; pass the process_group "
+                "of all that train the model"
+            )
+        first[name] = held.index(place) == dist.get_rank(group)
+    lead = all(
+        p.device_mesh.get_coordinate()[d] == 0  # type: ignore[attr-defined]
+        for p, dims in tensor_parallel.items()
+        for d in dims
+    )
+    return Processes(group, everyone[0][2] if seed is None else seed, lead, tensor_parallel, first)
+
+
+def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """Complain of the first thing in which a process differs from the first one."""
+    for rank, theirs in enumerate(everyone):
+        for what, value in everyone[0].items():
+            if theirs[what] == value:
+                continue
+            mine, other = value, theirs[what]
+            if isinstance(value, dict):
+                key = next(k for k in {**value, **other} if value.get(k) != other.get(k))
+                what, mine, other = f"{what}[{key!r}]", value.get(key), other.get(key)
+            raise ValueError(
+                f"the processes differ: {what} is {mine!r} on rank 0 and {other!r} on rank {rank}; attach the same "
+                "network with the same arguments everywhere, or pass the process_group of those that train together"
+            )
+
+
+def _group(model: nn.Module, process_group: Any) -> Any:
+    """The process group to reduce over; None for a single process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError("process_group is given but torch.distributed is not initialized")
+        return None
+    inner = unwrapped(model)
+    meshes = {p.device_mesh for p in inner.parameters() if is_dtensor(p)}  # type: ignore[attr-defined]
+    group = process_group
+    if group is None and inner is not model and not meshes:
+        group = model.process_group
+    managed = all(p in _managed(inner) for p in inner.parameters())
+    if group is None and managed and len(meshes) == 1 and next(iter(meshes)).ndim == 1:
+        group = next(iter(meshes)).get_group()
+    group = dist.group.WORLD if group is None else group
+    ranks = dist.get_process_group_ranks(group)
+    for mesh in meshes:
+        if outside := set(mesh.mesh.flatten().tolist()) - set(ranks):
+            raise ValueError(f"the model is spread over ranks {sorted(outside)}, which are not in process_group")
+    return group if len(ranks) > 1 else None
+
+
+def _managed(model: nn.Module) -> dict[Tensor, nn.Module]:
+    """The parameters that `fully_shard` or `replicate` keeps, each with the innermost module that it was applied to."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    owners: Iterable[nn.Module] = (m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule))
+    # inner modules come after outer ones
+    return {p: owner for owner in owners for p in owner.parameters()}
+
+
+def _tensor_parallel(model: nn.Module) -> dict[Tensor, range]:
+    """By parameter, the dimensions of its mesh along which all processes see the same samples."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard"
+        )
+    managed = _managed(model)
+    found: dict[Tensor, range] = {}
+    for p in model.parameters():
+        if not is_dtensor(p):
+            continue
+        placements, data = p.placements, 0  # type: ignore[attr-defined]
+        if p in managed:
+            # fully_shard over two dimensions replicates along the first of them
+            replicate = any(cls.__name__ == "ReplicateModule" for cls in type(managed[p]).__mro__)
+            data = 2 if placements[0].is_replicate() and not replicate else 1
+        found[p] = range(min(data, len(placements)), len(placements))
+    return found
+
+
+def notify_join(joinable: Joinable) -> None:
+    """Tell processes without data, in `torch.distributed.algorithms.Join`, that this one takes a step."""
+    Join.notify_join_context(joinable)
+
+
+def join_hook_of(processes: Processes | None, state: State) -> JoinHook:
+    """What a process without data does while others still have some."""
+    return JoinHook() if processes is None else _JoinHook(processes, state)
+
+
+if dist.is_available():
+
+    class _JoinHook(JoinHook):
+        """Takes part in the reductions of the processes that still have data, and gets their state in the end."""
+
+        def __init__(self, processes: Processes, state: State) -> None:
+            self.processes, self.state = processes, state
+
+        def main_hook(self) -> None:
+            self.processes.reduce_(torch.zeros_like(self.state.flat[: self.state.reduced]))
+
+        def post_hook(self, is_last_joiner: bool) -> None:
+            group, buffer = self.processes.group, self.state.buffer
+            source = torch.tensor(dist.get_rank(group) if is_last_joiner else -1, device=buffer.device)
+            dist.all_reduce(source, op=dist.ReduceOp.MAX, group=group)
+            dist.broadcast(buffer, group=group, group_src=int(source))

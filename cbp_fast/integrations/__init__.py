@@ -1,0 +1,1 @@
+"""Continual backpropagation in the frameworks that people train with; each module needs its own extra."""

@@ -1,0 +1,136 @@
+"""`ContinualBackpropCallback`: continual backpropagation in a Lightning Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import metrics
+from ..continual_backprop import ContinualBackprop
+from ..state import Slot
+
+try:
+    from lightning import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'cbp_fast.integrations.lightning needs {error.name}: pip install "cbp_fast[lightning]"', name=error.name
+    ) from error
+
+
+class ContinualBackpropCallback(Callback):
+    """Attaches a `ContinualBackprop` to the module that is fitted, and takes it off afterwards.
+
+    It steps after the optimizers that train the model; checkpoints hold its state, and a resumed run is the
+    uninterrupted one bit for bit. One callback serves one module; a further fit goes on from the state so far.
+
+    Logged, every `log_every_n_steps` of the Trainer, under ``continual_backprop/<group>/``: `replaced`, units replaced
+    so far. Every `metrics_every_n_steps`, of what the readers of the group saw in that batch: `dormant`, the share of
+    features that were zero on every sample, and `effective_rank`; and `continual_backprop/weight_magnitude`.
+
+    Args:
+        model: name of the submodule whose forward() is the network; by default the LightningModule's own.
+        metrics_every_n_steps: 0 for never. The rank takes a singular value decomposition of [samples, features].
+        options: as of `ContinualBackprop`, of which `example_inputs` is by default the module's `example_input_array`.
+
+    Attributes:
+        cbp: the `ContinualBackprop` while a fit lasts, else None.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[ContinualBackpropCallback(replacement_rate=1e-4)])
+    """
+
+    def __init__(self, model: str = "", *, metrics_every_n_steps: int = 500, **options: Any) -> None:
+        if metrics_every_n_steps < 0:
+            raise ValueError(f"metrics_every_n_steps is {metrics_every_n_steps}, must be 0 or more")
+        self.cbp: ContinualBackprop | None = None
+        self._model, self._options, self._every = model, options, metrics_every_n_steps
+        self._kept: dict[str, Any] = {}
+        # the step from which on metrics are due, and what readers have seen in the batch that they are of
+        self._next = 0
+        self._seen: dict[str, Tensor] = {}
+        self._watching: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the model, and go on from the state of a checkpoint or an earlier fit."""
+        self._detach()
+        self._next = 0
+        model = pl_module.get_submodule(self._model)
+        mine = {id(parameter) for parameter in model.parameters()}
+        # an optimizer that trains something else need not have stepped
+        optimizers = [o for o in trainer.optimizers if any(id(p) in mine for g in o.param_groups for p in g["params"])]
+        options: dict[str, Any] = {
+            "example_inputs": None if self._model else pl_module.example_input_array
+        } | self._options
+        self.cbp = ContinualBackprop(model, optimizers, **options)
+        if self._kept:
+            self.cbp.load_state_dict(self._kept)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at what the readers see in this batch, if it is time for metrics."""
+        # without an example input the groups are found in the first forward
+        if self.cbp is None or not self.cbp.groups or not self._every or trainer.global_step < self._next:
+            return
+        self._next = trainer.global_step + self._every
+        state = self.cbp._engine.state
+        for slot in state.slots:
+            watch = self._watcher(state.layouts[slot.group].name, slot)
+            self._watching.append(slot.module.register_forward_pre_hook(watch, with_kwargs=True))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was replaced, and the metrics."""
+        values: dict[str, Tensor | float] = {}
+        if self.cbp and trainer.global_step % trainer.log_every_n_steps == 0:
+            values |= {f"continual_backprop/{name}/replaced": float(n) for name, n in self.cbp.num_replaced.items()}
+        if self._seen:
+            for name, h in self._seen.items():
+                values[f"continual_backprop/{name}/dormant"] = metrics.dormant_units(h).float().mean()
+                values[f"continual_backprop/{name}/effective_rank"] = metrics.effective_rank(h).float()
+            model = pl_module.get_submodule(self._model)
+            values["continual_backprop/weight_magnitude"] = metrics.weight_magnitude(model).float()
+            self._unwatch()
+        pl_module.log_dict(values)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take all hooks off; the state stays."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take all hooks off; the state stays."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of continual backprop, for a checkpoint."""
+        return self.cbp.state_dict() if self.cbp is not None and self.cbp.groups else self._kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint, which is there before the fit starts or after."""
+        self._kept = state_dict
+        if self.cbp is not None:
+            self.cbp.load_state_dict(state_dict)
+
+    def _detach(self) -> None:
+        self._unwatch()
+        self._kept = self.state_dict()
+        if self.cbp is not None:
+            self.cbp.remove()
+        self.cbp = None
+
+    def _watcher(self, name: str, slot: Slot) -> Any:
+        features = slice(slot.block.start, slot.block.start + slot.columns.stop - slot.columns.start)
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training and torch.is_grad_enabled():
+                h = (args[0] if args else kwargs["input"]).detach()
+                self._seen[name] = h.movedim(1 if slot.spatial else -1, -1)[..., features]
+
+        return watch
+
+    def _unwatch(self) -> None:
+        for handle in self._watching:
+            handle.remove()
+        self._watching, self._seen = [], {}

@@ -1,0 +1,321 @@
+"""DistributedDataParallel: the copies of the model stay equal bit for bit."""
+
+import contextlib
+import os
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import launch, run
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.nn.parallel import DistributedDataParallel
+from training import IN, ONE_PROCESS, OUT, Run, attach, batches, differences, everything, network, spread, train
+
+from cbp_fast import CBPLinear, ContinualBackprop, Rule, UnitGroup, distributed
+
+RULES = {
+    "nature": Rule.nature(transfer_bias=True),
+    "centred": Rule.gnt("adaptable_contribution", transfer_bias=True),
+    "coin": Rule.gnt("random", accumulate=False),
+    "clarena": Rule.clarena(),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_are_equal_bit_for_bit(rule, backend, tmp_path):
+    # the units due in a step are truncated by one of the rules
+    plan = Run(rule=RULES[rule], backend=backend, replacement_rate=0.2, hidden=(12, 6))
+    (one, log), (other, _) = run(2, train, plan, folder=tmp_path)
+    assert sum(len(units) for step in log for units in step.values()) > 20
+    assert differences(one, other) == []
+
+
+def test_four_ranks_choose_as_one_process(tmp_path):
+    _, alone = train(0, 1, Run(way=ONE_PROCESS))
+    (one, log), *others = run(4, train, Run(), folder=tmp_path)
+    assert log == alone
+    assert all(differences(one, other) == [] for other, _ in others)
+
+
+def _train_apart(rank, size, plan):
+    distributed.Processes.reduce_ = lambda processes, flat: None
+    return train(rank, size, plan)
+
+
+def test_without_the_reduction_ranks_drift_apart(tmp_path):
+    (one, log), (other, other_log) = run(2, _train_apart, Run(), folder=tmp_path)
+    assert log != other_log
+    assert "0.weight" in differences(one, other)
+
+
+OPTIONS = {
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "views of buckets": {"gradient_as_bucket_view": True},
+}
+
+
+def _train_wrapped(rank, size, options, when, accumulate, capture):
+    plan = Run(capture=capture)
+    model = network(plan.hidden)
+    ddp = DistributedDataParallel(model, **options) if when == "after" else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    cbp = attach(ddp, optimizer, plan)
+    if when == "before":
+        ddp = DistributedDataParallel(model, **options)
+    for step, (x, y) in enumerate(batches(20)):
+        last = step % 2 == 1 or not accumulate
+        with contextlib.nullcontext() if last else ddp.no_sync():
+            # ranks have batches of different sizes
+            part = slice(0, 5) if rank == 0 else slice(5, None)
+            nn.functional.mse_loss(ddp(x[part]), y[part]).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum(cbp.num_replaced.values()) > (5 if accumulate else 15)
+    return everything(ddp, optimizer, cbp)
+
+
+@pytest.mark.parametrize("capture", ["deferred", "inline"])
+@pytest.mark.parametrize(
+    ("options", "when", "accumulate"),
+    [("static graph", "before", False), ("unused parameters", "after", True), ("views of buckets", "after", False)],
+)
+def test_options_of_the_wrapper(options, when, accumulate, capture, tmp_path):
+    one, other = run(2, _train_wrapped, OPTIONS[options], when, accumulate, capture, folder=tmp_path)
+    assert differences(one, other) == []
+
+
+def _one_step(rank, size, sizes):
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -2.0]]))
+    model = nn.Sequential(nn.Linear(3, 2), layer)
+    cbp = ContinualBackprop(model, groups=UnitGroup("g", "0", "1"), decay_rate=0.0)
+    if sizes[rank]:
+        layer(torch.full((sizes[rank], 2), float(rank + 1)))
+    cbp.step()
+    return cbp.utility["g"].tolist(), cbp.age["g"].tolist()
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (0, 2), (0, 0)], ids=str)
+def test_the_mean_is_over_the_samples_of_all_ranks(sizes, tmp_path):
+    samples = sum(sizes)
+    mean = (sizes[0] * 1 + sizes[1] * 2) / max(samples, 1)
+    # a step without a sample anywhere is none
+    expected = ([mean * 0.5, mean * 2.0], [1, 1]) if samples else ([0.0, 0.0], [0, 0])
+    assert run(2, _one_step, sizes, folder=tmp_path) == [expected, expected]
+
+
+def _train_branches(rank, size):
+    torch.manual_seed(1)
+    branches = nn.ModuleDict({name: nn.Sequential(nn.Linear(IN, 6), nn.ReLU(), nn.Linear(6, OUT)) for name in "ab"})
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = branches
+
+        def forward(self, x, names):
+            return sum(self.branches[name](x) for name in names)
+
+    model = Branches()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    groups = [UnitGroup(name, f"branches.{name}.0", f"branches.{name}.2") for name in "ab"]
+    cbp = ContinualBackprop(ddp, optimizer, groups=groups, replacement_rate=0.0)
+    for step, (x, y) in enumerate(batches(9)):
+        # b is used by the second rank alone, and in every third step
+        names = "ab" if rank == 1 and step % 3 == 0 else "a"
+        optimizer.zero_grad()
+        nn.functional.mse_loss(ddp(x, names), y).backward()
+        optimizer.step()
+    return everything(ddp, optimizer, cbp)
+
+
+def test_a_layer_that_some_ranks_use_in_some_steps(tmp_path):
+    one, other = run(2, _train_branches, folder=tmp_path)
+    assert differences(one, other) == []
+    assert one["a age"].tolist() == [9] * 6
+    assert one["b age"].tolist() == [3] * 6
+
+
+def _train_uneven(rank, size, first):
+    model = network((12, 8))
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    cbp = attach(ddp, optimizer, Run())
+    with Join([ddp, cbp] if first == "ddp" else [cbp, ddp]):
+        for x, y in batches(10 if rank == 0 else 14):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(ddp(x), y).backward()
+            optimizer.step()
+    return everything(ddp, optimizer, cbp)
+
+
+def test_processes_that_run_out_of_data_at_different_times(tmp_path):
+    one, other = run(2, _train_uneven, "ddp", folder=tmp_path)
+    assert one["step"] == 14
+    assert differences(one, other) == []
+
+
+def _count(rank, size):
+    calls, reduce = [], dist.all_reduce
+
+    def counted(tensor, **options):
+        calls.append((tensor.dtype, tensor.numel()))
+        return reduce(tensor, **options)
+
+    dist.all_reduce = counted
+    _, log = train(rank, size, Run(steps=10))
+    assert any(units for step in log for units in step.values())
+    return calls
+
+
+def test_a_step_takes_one_collective(tmp_path):
+    # a count for each of two readers, a sum for each of 12 + 8 units; every rank has all weights
+    assert run(2, _count, folder=tmp_path) == [[(torch.float64, 22)] * 10] * 2
+
+
+def _replaced_moments(rank, size):
+    model, *_ = spread(network((12, 8)), "ddp", size)
+    optimizer = torch.optim.Adam(model.parameters())
+    cbp = attach(model, optimizer, Run())
+    replaced = 0
+    for x, y in batches(8):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        layers = model.module
+        for units, incoming, outgoing in (
+            (cbp.last_replaced[g.name], layers[i], layers[i + 2]) for i, g in ((0, cbp.groups[0]), (2, cbp.groups[1]))
+        ):
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert not optimizer.state[incoming.weight][key][units].any()
+                assert not optimizer.state[incoming.bias][key][units].any()
+                assert not optimizer.state[outgoing.weight][key][:, units].any()
+                assert optimizer.state[outgoing.weight][key].any()
+            replaced += len(units)
+    return replaced
+
+
+def test_moments_of_what_was_replaced_are_zero(tmp_path):
+    assert min(run(2, _replaced_moments, folder=tmp_path)) > 5
+
+
+def _fresh_optimizer(rank, size):
+    model, *_ = spread(network((12, 8)), "ddp", size)
+    optimizer = torch.optim.Adam(model.parameters())
+    cbp = attach(model, optimizer, Run())
+    before = everything(model, optimizer, cbp)
+    # initialises the optimizer's state by a step with gradients of zero
+    get_optimizer_state_dict(model, optimizer)
+    after = everything(model, optimizer, cbp)
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def test_a_step_that_only_makes_the_optimizers_state_is_none(tmp_path):
+    assert run(2, _fresh_optimizer, folder=tmp_path) == [[], []]
+
+
+def _attach_differently(rank, size, what):
+    model = network((12, 9) if what == "network" and rank == 1 else (12, 8))
+    if what == "dtype" and rank == 1:
+        model.double()
+    options = {"replacement_rate": 0.1}
+    options |= {
+        "seed": {"seed": 3 + rank},
+        "default seed": {} if rank else {"seed": 3},
+        "rule": {"rule": "nature" if rank == 0 else "gnt"},
+        "rate": {"replacement_rate": 0.1 * (rank + 1)},
+        "groups": {"exclude": "0" if rank == 0 else "2"},
+    }.get(what, {})
+    with pytest.raises(ValueError, match="the processes differ") as error:
+        ContinualBackprop(model, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "network",
+            r"parameters\['2.weight'\] is \(\(8, 12\), 'torch.float32'\) on rank 0 and \(\(9, 12\), .* on rank 1",
+        ),
+        ("dtype", r"parameters\['0.weight'\] is .*float32'\) on rank 0 and .*float64'\) on rank 1"),
+        ("groups", r"parameters\['\d.weight'\] is .* on rank 0 and None on rank 1"),
+        ("seed", "seed is 3 on rank 0 and 4 on rank 1"),
+        ("default seed", "seed is 3 on rank 0 and None on rank 1"),
+        ("rule", r"rule is Rule\(name='nature'.* on rank 0 and Rule\(name='gnt'.* on rank 1"),
+        ("rate", "replacement_rate is 0.1 on rank 0 and 0.2 on rank 1"),
+    ],
+)
+def test_a_rank_that_attached_something_else_is_named(what, message, tmp_path):
+    for error in run(2, _attach_differently, what, folder=tmp_path):
+        assert re.search(message, error)
+
+
+def _default_seed(rank, size):
+    model = network((12, 8))
+    torch.manual_seed(100 + rank)
+    return attach(model, None, Run(seed=None)).state_dict()["seed"]
+
+
+def test_the_default_seed_is_that_of_the_first_rank(tmp_path):
+    assert run(2, _default_seed, folder=tmp_path) == [100, 100]
+
+
+def _alone(rank, size):
+    groups = [dist.new_group([r]) for r in range(size)]
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(3, 4 + rank), nn.ReLU(), nn.Linear(4 + rank, 2))
+    cbp = ContinualBackprop(model, process_group=groups[rank])
+    model(torch.ones(2, 3))
+    if rank == 0:
+        cbp.step()
+    return cbp.age["0"].tolist()
+
+
+def test_a_group_of_one_process_trains_by_itself(tmp_path):
+    assert run(2, _alone, folder=tmp_path) == [[1] * 4, [0] * 5]
+
+
+def _die(rank, size):
+    model = network((12, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    cbp = attach(model, optimizer, Run())
+    for step, (x, y) in enumerate(batches(8)):
+        nn.functional.mse_loss(model(x), y).backward()
+        if step < 7:
+            optimizer.step()
+    if rank == 1:
+        os._exit(1)
+    before = everything(model, optimizer, cbp)
+    with pytest.raises(RuntimeError) as error:
+        cbp.step()
+    dist.destroy_process_group()
+    return str(error.value), differences(before, everything(model, optimizer, cbp))
+
+
+def test_a_dead_peer_leaves_nothing_half_done(tmp_path):
+    survivor, dead = launch(2, _die, folder=tmp_path)
+    assert dead is None
+    finished, (message, changed) = survivor
+    assert finished
+    assert "cbp_fast" not in message
+    assert changed == []
+
+
+def _layers(rank, size):
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+    layer = CBPLinear(first, second)
+    with pytest.raises(RuntimeError, match="CBPLinear works in one process; attach a ContinualBackprop instead"):
+        layer(torch.ones(2, 4))
+
+
+def test_layers_refuse_several_processes(tmp_path):
+    run(2, _layers, folder=tmp_path)

@@ -1,0 +1,192 @@
+"""`ContinualBackpropCallback` in Lightning's Trainer."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from cbp_fast import ContinualBackprop
+from cbp_fast.integrations.lightning import ContinualBackpropCallback
+
+EAGER = {"replacement_rate": 0.02, "maturity_threshold": 5, "decay_rate": 0.9}
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4 * 4, 12)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.fc(torch.flatten(self.conv(x).relu(), 1))).relu())
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def loader(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(160, 1, 4, 4, generator=generator), torch.randint(0, 2, (160,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+def fit(module, callback, ckpt_path=None, **options):
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [callback, *options.pop("callbacks", [])]
+    trainer = lightning.Trainer(
+        **({"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1} | quiet | options), callbacks=callbacks
+    )
+    trainer.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer
+
+
+def replaced(callback):
+    return {name: group["num_replaced"] for name, group in callback.state_dict()["groups"].items()}
+
+
+def test_same_as_the_attached_object_in_a_loop():
+    module, callback = Module(), ContinualBackpropCallback(seed=1, **EAGER)
+    fit(module, callback)
+    plain = Module()
+    optimizer = plain.configure_optimizers()
+    cbp = ContinualBackprop(plain, optimizer, seed=1, **EAGER)
+    for batch in loader():
+        optimizer.zero_grad()
+        plain.training_step(batch, 0).backward()
+        optimizer.step()
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert replaced(callback) == cbp.num_replaced
+    assert sum(cbp.num_replaced.values()) > 2
+
+
+def test_hooks_are_gone_after_a_fit_and_after_one_that_failed():
+    class Fail(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("no more")
+
+    module, callback = Module(), ContinualBackpropCallback(**EAGER)
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(module, callback, callbacks=[Fail()])
+    for _ in range(2):
+        assert callback.cbp is None
+        assert not any(m._forward_pre_hooks for m in module.modules())
+        fit(module, callback)
+    assert max(group["age"].max() for group in callback.state_dict()["groups"].values()) == 41
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    whole, half = ContinualBackpropCallback(**EAGER), ContinualBackpropCallback(**EAGER)
+    module = Module()
+    fit(module, whole, max_epochs=3)
+    fit(Module(), half, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    torch.manual_seed(5)
+    resumed, other = ContinualBackpropCallback(**EAGER), Module()
+    torch.manual_seed(5)
+    fit(other, resumed, max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(whole.state_dict()["groups"], resumed.state_dict()["groups"], rtol=0, atol=0)
+    assert sum(replaced(whole).values()) > sum(replaced(half).values()) > 2
+
+
+def test_gradient_accumulation():
+    callback = ContinualBackpropCallback(**EAGER | {"replacement_rate": 0.0})
+    fit(Module(), callback, accumulate_grad_batches=4)
+    assert {int(group["age"].max()) for group in callback.state_dict()["groups"].values()} == {5}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precision(precision):
+    callback = ContinualBackpropCallback(**EAGER)
+    module = Module()
+    fit(module, callback, precision=precision)
+    assert sum(replaced(callback).values()) > 2
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_what_is_logged(tmp_path):
+    class Look(lightning.Callback):
+        measured = 0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = copy.deepcopy(pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            logged = {k: v.item() for k, v in trainer.logged_metrics.items()}
+            for name, count in callback.cbp.num_replaced.items():
+                assert logged[f"continual_backprop/{name}/replaced"] == count
+            if batch_idx in (0, 8, 16):
+                self.measured += 1
+                with torch.no_grad():
+                    h = self.before.norm(self.before.fc(self.before.conv(batch[0]).relu().flatten(1))).relu()
+                dead = (h == 0).all(0).float().mean()
+                assert logged["continual_backprop/fc/dormant"] == pytest.approx(dead.item())
+                p = torch.linalg.svdvals(h.double())
+                p = p[p > 0] / p.sum()
+                assert logged["continual_backprop/fc/effective_rank"] == pytest.approx(
+                    (-p * p.log()).sum().exp().item()
+                )
+                weights = torch.cat([p.flatten() for p in pl_module.parameters()])
+                assert logged["continual_backprop/weight_magnitude"] == pytest.approx(weights.abs().mean().item())
+
+    callback, look = ContinualBackpropCallback(metrics_every_n_steps=8, **EAGER), Look()
+    fit(Module(), callback, callbacks=[look])
+    assert look.measured == 3
+
+
+def test_the_network_may_be_a_part_and_other_optimizers_are_not_waited_for():
+    class Two(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net, self.other = Module(), nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            loss = self.net.training_step(batch, batch_idx)
+            first.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+            if batch_idx == 0:
+                second.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.Adam(self.net.parameters()), torch.optim.SGD(self.other.parameters(), lr=0.1)]
+
+    callback = ContinualBackpropCallback("net", **EAGER | {"replacement_rate": 0.0})
+    fit(Two(), callback)
+    assert {int(group["age"].max()) for group in callback.state_dict()["groups"].values()} == {20}
+
+
+def test_groups_may_be_found_in_the_first_forward(tmp_path):
+    class Chosen(Module):
+        """What it takes cannot be told from its layers."""
+
+        def forward(self, x, scale):
+            return scale * super().forward(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0], 1.0), batch[1])
+
+    callback = ContinualBackpropCallback(**EAGER)
+    trainer = fit(Chosen(), callback)
+    assert sum(replaced(callback).values()) > 2
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = ContinualBackpropCallback(**EAGER)
+    fit(Chosen(), again, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert max(group["age"].max() for group in again.state_dict()["groups"].values()) == 40
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="metrics_every_n_steps is -1"):
+        ContinualBackpropCallback(metrics_every_n_steps=-1)
+    with pytest.raises(ValueError, match="maturity_threshold is -1"):
+        fit(Module(), ContinualBackpropCallback(maturity_threshold=-1))
+    with pytest.raises(AttributeError, match="nett"):
+        fit(Module(), ContinualBackpropCallback("nett"))
