@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
 from .dtensors import is_dtensor
-from .engine import Engine, check_hyper, check_options, step_together
+from .engine import Engine, check_hyper, check_options, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
@@ -81,7 +81,7 @@ class _FirstForward(_Later):
         self.cbp = cbp
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # type: ignore[override]
-        if module.training and torch.is_grad_enabled() and not is_compiling():
+        if module.training and torch.is_grad_enabled() and not is_compiling() and is_observed():
             self.cbp._attach_in_forward(args, kwargs)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import compress
 from types import ModuleType
@@ -24,6 +26,28 @@ from .unit_groups import ResolvedGroup
 
 # what "auto" may hold of activations beyond their backward pass; what comes after is summed at once
 _HELD_BYTES = {"auto": 4 * 2**20, "deferred": 2**62, "inline": -1}
+
+
+class _Here(threading.local):
+    unobserved = False
+
+
+_here = _Here()
+
+
+def is_observed() -> bool:
+    """Whether forwards of this thread are recorded."""
+    return not _here.unobserved
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Forwards of this thread are not recorded: they only look at a model."""
+    before, _here.unobserved = _here.unobserved, True
+    try:
+        yield
+    finally:
+        _here.unobserved = before
 
 
 class Engine:
@@ -120,7 +144,7 @@ class Engine:
         if is_compiling():
             self._functions.capture_(self.state, slot, h)
         # what torch.func's transforms run on is no batch, and does not outlive them
-        elif is_functorch_wrapped_tensor(h):
+        elif is_functorch_wrapped_tensor(h) or _here.unobserved:
             return
         elif held > self._room or self._inline[slot]:
             # in the order of the forwards, on which a running mean depends

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from .distributed import several_processes
-from .engine import Engine, step_together
+from .engine import Engine, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve
@@ -137,7 +137,7 @@ class _CBPLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, and observe it while training."""
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and is_observed():
             # a copy of a layer has the number of its original, and is known from its own first forward on
             if self._known != id(self):
                 if several_processes():

@@ -359,15 +359,17 @@ class Trace(Preserving):
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
-        if shadow is None and key in self.made and tensor.grad_fn is not None:
+        if shadow is None and (key not in self.made or key in self._parameters):
+            return self._outer(key, tensor)
+        if shadow is None and tensor.grad_fn is None:
+            return None
+        if shadow is None:
             # made by a kernel that is called past the dispatcher, of whatever there was
             for source in self.nodes.sources[1:]:
                 self.refuse(
                     self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}"
                 )
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
-        if shadow is None:
-            return None if key in self.made else self._outer(key, tensor)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
@@ -548,7 +550,7 @@ class Trace(Preserving):
         if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
             # a condition; a number would come back unseen
             return None, 0
-        if torch.Tag.pointwise in tags or op in _POINTWISE:
+        if outs and (torch.Tag.pointwise in tags or op in _POINTWISE):
             return self._pointwise(op, tensors, ids, outs), 1
         for i in live:
             self.refuse(i, f"{self._why} has no rule")

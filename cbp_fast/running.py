@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from .dtensors import is_dtensor
+from .engine import unobserved
 from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
 
 Forward = Callable[[nn.Module], Any]
@@ -221,6 +222,7 @@ def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     left: list[tuple[str, Any]] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unobserved())
         stack.enter_context(torch.random.fork_rng([]))
         for device in devices:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))

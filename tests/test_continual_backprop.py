@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+import cbp_fast
 import cbp_fast.state
 from cbp_fast import ContinualBackprop, Rule, UnitGroup
 
@@ -240,6 +241,22 @@ def test_a_compiled_model_is_refused():
     for model in (compiled_in_place, torch.compile(mlp(), backend="eager")):
         with pytest.raises(ValueError, match="compiled already and would not call new hooks; attach first"):
             ContinualBackprop(model)
+
+
+def test_looking_at_a_model_is_no_forward(backend, everything):
+    """Discovery, and the check by changing weights, run a model that is attached already."""
+    model = mlp()
+    cbp = ContinualBackprop(model, include="0", backend=backend, capture="inline")
+    layer = cbp_fast.CBPLinear(model[2], model[5], bn_layer=model[3])
+    model.insert(5, layer)
+    before = everything(cbp), everything(model)
+    example = torch.randn(4, 6)
+    (group,) = cbp_fast.find_unit_groups(model, example, verify=True)[:1]
+    ContinualBackprop(model, include="2", example_inputs=example).remove()
+    cbp.refresh(example_inputs=example)
+    assert (everything(cbp), everything(model)) == before
+    assert not layer._engine.has_data
+    assert group.name == "0"
 
 
 class TwoInputs(nn.Module):

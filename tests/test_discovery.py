@@ -368,7 +368,7 @@ def test_groups_of_networks_that_people_train(name):
 HAND_WRITTEN = {"llama": {"tokens"}}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "resnet18" else n for n in ZOO])
 def test_groups_of_networks_that_people_train_pass_the_check(name):
     model, inputs, _, _ = zoo(name)
     model = model.double()
