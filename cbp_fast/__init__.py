@@ -7,5 +7,16 @@ from .discovery import explain, find_unit_groups
 from .modules import CBPConv, CBPLinear
 from .rules import Rule
 from .unit_groups import Part, UnitGroup
+from .verification import verify_unit_group
 
-__all__ = ["CBPConv", "CBPLinear", "ContinualBackprop", "Part", "Rule", "UnitGroup", "explain", "find_unit_groups"]
+__all__ = [
+    "CBPConv",
+    "CBPLinear",
+    "ContinualBackprop",
+    "Part",
+    "Rule",
+    "UnitGroup",
+    "explain",
+    "find_unit_groups",
+    "verify_unit_group",
+]
