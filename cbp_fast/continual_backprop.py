@@ -91,6 +91,7 @@ class _Awaited:
     backend = "not chosen before the first training forward"
     has_data = False
     held_bytes = 0
+    processes = None
 
     def __init__(self, hyper: dict[str, float], capture: str) -> None:
         check_hyper(hyper)
