@@ -616,5 +616,6 @@ def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[Resolved
             if id(module.weight) not in known:
                 raise ValueError(
                     f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
-                    "trains the model, made from its present parameters, or exclude= the group"
+                    "trains the model, made from its present parameters, after fully_shard or parallelize_module, or "
+                    "exclude= the group"
                 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -36,6 +37,14 @@ def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]
     return [
         value
         for optimizer in optimizers
-        for value in optimizer.state.get(parameter, {}).values()
+        for value in _state_of(optimizer).get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
     ]
+
+
+def _state_of(optimizer: Optimizer) -> Mapping[Any, Any]:
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    # each process keeps the state of the parameters that it updates, in an optimizer of its own
+    if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
+        return optimizer.optim.state
+    return optimizer.state

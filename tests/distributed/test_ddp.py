@@ -28,7 +28,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_ranks_are_equal_bit_for_bit(rule, backend, tmp_path):
     # the units due in a step are truncated by one of the rules
-    plan = Run(rule=RULES[rule], backend=backend, replacement_rate=0.2, hidden=(12, 6))
+    plan = Run(rule=RULES[rule], backend=backend, replacement_rate=0.2, model=(12, 6))
     (one, log), (other, _) = run(2, train, plan, folder=tmp_path)
     assert sum(len(units) for step in log for units in step.values()) > 20
     assert differences(one, other) == []
@@ -61,7 +61,7 @@ OPTIONS = {
 
 def _train_wrapped(rank, size, options, when, accumulate, capture):
     plan = Run(capture=capture)
-    model = network(plan.hidden)
+    model = network(plan.model)
     ddp = DistributedDataParallel(model, **options) if when == "after" else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     cbp = attach(ddp, optimizer, plan)

@@ -13,6 +13,7 @@ from cbp_fast import ContinualBackprop, Rule, distributed
 
 IN, OUT, BATCH = 6, 3, 16
 ONE_PROCESS = "one process"
+CONVOLUTIONS = "convolutions"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Run:
     """What is trained, and how it is spread."""
 
     way: str = "ddp"
-    hidden: tuple[int, int] = (12, 8)
+    model: tuple[int, int] | str = (12, 8)  # hidden widths, or CONVOLUTIONS
     steps: int = 40
     learning_rate: float = 0.05
     rule: Rule = field(default_factory=Rule.nature)
@@ -30,9 +31,24 @@ class Run:
     capture: str = "auto"
 
 
-def network(hidden):
+def network(model):
     torch.manual_seed(1)
-    first, second = hidden
+    if model == CONVOLUTIONS:
+        # the depthwise one is split between its groups, the norm lies on the units
+        return nn.Sequential(
+            nn.Unflatten(1, (1, IN)),
+            nn.Conv1d(1, 6, 2),
+            nn.ReLU(),
+            nn.Conv1d(6, 6, 2, groups=6),
+            nn.Conv1d(6, 7, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(7 * (IN - 3), 9),
+            nn.LayerNorm(9),
+            nn.Tanh(),
+            nn.Linear(9, OUT),
+        )
+    first, second = model
     return nn.Sequential(nn.Linear(IN, first), nn.ReLU(), nn.Linear(first, second), nn.Tanh(), nn.Linear(second, OUT))
 
 
@@ -50,7 +66,7 @@ def _replicate(model, mesh):
 
 def _fully_shard(model, mesh):
     for layer in model:
-        if isinstance(layer, nn.Linear):
+        if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -120,9 +136,14 @@ def attach(model, optimizer, run):
 
 def train(rank, size, run):
     """Everything at the end, and the units replaced in every step."""
-    model, parts, part = spread(network(run.hidden), run.way, size)
+    model, parts, part = spread(network(run.model), run.way, size)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
     cbp = attach(model, optimizer, run)
+    if run.way == ONE_PROCESS:
+        # a centred rule as several processes have it
+        state = cbp._engine.state
+        state.previous_mean = run.rule.centred
+        state.plan = state._pack()
     log = []
     for x, y in batches(run.steps):
         loss = nn.functional.mse_loss(model(x.chunk(parts)[part]), y.chunk(parts)[part])
