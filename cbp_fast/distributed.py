@@ -173,11 +173,6 @@ def _managed(model: nn.Module) -> dict[Tensor, nn.Module]:
 
 def _tensor_parallel(model: nn.Module) -> dict[Tensor, range]:
     """By parameter, the dimensions of its mesh along which all processes see the same samples."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
-        raise ValueError(
-            "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard"
-        )
     managed = _managed(model)
     found: dict[Tensor, range] = {}
     for p in model.parameters():

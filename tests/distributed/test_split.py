@@ -6,7 +6,6 @@ from processes import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +47,7 @@ def _train_fsdp(rank, size, name):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     cbp = attach(model, optimizer, Run(replacement_rate=0.2))
     replaced = 0
-    for step, (x, y) in enumerate(batches(8)):
+    for step, (x, y) in enumerate(batches(14)):
         last = name != "accumulation" or step % 2 == 1
         model.set_requires_gradient_sync(last)
         # parameters that stay whole between two backward passes are not those that the optimizer holds
@@ -88,6 +87,9 @@ def test_moments_of_what_was_replaced_are_zero(way, size, tmp_path):
 
 
 def _train_zero(rank, size):
+    # its import warns
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     model = DistributedDataParallel(network((12, 8)))
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.05)
     cbp = attach(model, optimizer, Run())
