@@ -59,6 +59,12 @@ class Processes:
             return range(place.first[axis], place.first[axis] + place.part[axis])
         return range(read_width(member.module))
 
+    def of_first(self, value: Any) -> Any:
+        """What the first process has."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
+
     def reduce_(self, flat: Tensor) -> None:
         """Add up what all processes have; every one gets the same bits."""
         dist.all_reduce(flat, group=self.group)
@@ -70,7 +76,16 @@ def several_processes() -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
+    """The model inside DistributedDataParallel.
+
+    Raises:
+        ValueError: FullyShardedDataParallel wraps it or a part of it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard"
+        )
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

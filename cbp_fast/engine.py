@@ -88,6 +88,9 @@ class Engine:
         self.groups = list(groups)
         self.processes = processes
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
+        if processes is not None and self.state.deviations:
+            # copies of the model may only be made equal after this
+            self.state.deviations = processes.of_first(self.state.deviations)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
         self._places = [(ref.owner, ref.key) for ref in self.state.weights]

@@ -90,6 +90,28 @@ def test_options_of_the_wrapper(options, when, accumulate, capture, tmp_path):
     assert differences(one, other) == []
 
 
+def _train_from_different_weights(rank, size):
+    model = network((12, 8))
+    torch.manual_seed(rank)
+    for layer in model[::2]:
+        layer.reset_parameters()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    cbp = attach(model, optimizer, Run(rule=Rule.nature(init="as_attached")))
+    # gives all ranks the weights of the first
+    ddp = DistributedDataParallel(model)
+    for x, y in batches(12):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(ddp(x.chunk(size)[rank]), y.chunk(size)[rank]).backward()
+        optimizer.step()
+    assert sum(cbp.num_replaced.values()) > 5
+    return everything(ddp, optimizer, cbp)
+
+
+def test_new_weights_have_the_spread_of_those_of_the_first_rank(tmp_path):
+    one, other = run(2, _train_from_different_weights, folder=tmp_path)
+    assert differences(one, other) == []
+
+
 def _one_step(rank, size, sizes):
     layer = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
