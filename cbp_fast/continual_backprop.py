@@ -352,7 +352,8 @@ class ContinualBackprop(Joinable):
     def join_hook(self, **kwargs: Any) -> Any:
         """For `torch.distributed.algorithms.Join([ddp_model, cbp])`, where processes have more or less data.
 
-        Every process must step once for every forward and backward pass.
+        In this order, and with a step after every backward pass. A process that ran out of data takes over, in the end,
+        the parameters and this state from one that had the most; the optimizer's state it does not.
         """
         return join_hook_of(self._engine.processes, self._engine.state)
 

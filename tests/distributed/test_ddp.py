@@ -166,12 +166,12 @@ def test_a_layer_that_some_ranks_use_in_some_steps(tmp_path):
     assert one["b age"].tolist() == [3] * 6
 
 
-def _train_uneven(rank, size, first):
+def _train_uneven(rank, size):
     model = network((12, 8))
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     cbp = attach(ddp, optimizer, Run())
-    with Join([ddp, cbp] if first == "ddp" else [cbp, ddp]):
+    with Join([ddp, cbp]):
         for x, y in batches(10 if rank == 0 else 14):
             optimizer.zero_grad()
             nn.functional.mse_loss(ddp(x), y).backward()
@@ -180,7 +180,7 @@ def _train_uneven(rank, size, first):
 
 
 def test_processes_that_run_out_of_data_at_different_times(tmp_path):
-    one, other = run(2, _train_uneven, "ddp", folder=tmp_path)
+    one, other = run(2, _train_uneven, folder=tmp_path)
     assert one["step"] == 14
     assert differences(one, other) == []
 

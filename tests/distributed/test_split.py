@@ -132,7 +132,7 @@ def test_attached_before_the_parameters_were_split(how, tmp_path):
 
 
 MESSAGES = {
-    "a flat parameter": "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard",
+    "a flat parameter": "keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard",
     "a grouped convolution": "2.weight is split inside a convolution group of 2 rows",
     "another optimizer": "made from its present parameters, after fully_shard or parallelize_module",
     "a transfer": r"transfer_bias needs \d.(bias|weight) whole in every process, and it is split",
