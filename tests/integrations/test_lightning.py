@@ -1,6 +1,9 @@
 """`ContinualBackpropCallback` in Lightning's Trainer."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning
 import pytest
@@ -190,3 +193,15 @@ def test_bad_arguments_are_named():
         fit(Module(), ContinualBackpropCallback(maturity_threshold=-1))
     with pytest.raises(AttributeError, match="nett"):
         fit(Module(), ContinualBackpropCallback("nett"))
+
+
+def test_two_processes_stay_equal(tmp_path):
+    script = Path(__file__).with_name("lightning_ddp.py")
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True, timeout=300)
+    one, other = (torch.load(tmp_path / rank) for rank in "01")
+    assert sum(group["num_replaced"] for group in one["cbp"]["groups"].values()) > 5
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name])
+    for name, group in one["cbp"]["groups"].items():
+        assert torch.equal(group["utility"], other["cbp"]["groups"][name]["utility"])
+        assert torch.equal(group["age"], other["cbp"]["groups"][name]["age"])
