@@ -31,9 +31,10 @@ bench-kernels: .venv/built
 RESULTS := benchmarks/results
 results: .venv/built
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt ccbp-pytorch
-	$(BIN)/cbp-fast bench --suite all --json $(RESULTS)/bench.json --csv $(RESULTS)/bench.csv --plot $(RESULTS) \
+	$(BIN)/cbp-fast bench --suite all --seconds 8 --json $(RESULTS)/bench.json --csv $(RESULTS)/bench.csv --plot $(RESULTS) \
 		| tee $(RESULTS)/bench.txt
-	$(BIN)/cbp-fast bench --threads 2 --no-compile --json $(RESULTS)/bench_two_threads.json \
+	$(BIN)/cbp-fast bench --threads 2 --seconds 8 --no-compile --cases "3 x 4096" "3 x 1024" \
+		--json $(RESULTS)/bench_two_threads.json \
 		--csv $(RESULTS)/bench_two_threads.csv | tee $(RESULTS)/bench_two_threads.txt
 
 # under valgrind, which has to be installed; ARGS=--write keeps the counts

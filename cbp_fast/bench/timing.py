@@ -18,7 +18,7 @@ Name = TypeVar("Name", str, tuple[str, str])
 
 # glibc returns large blocks to the system when they are freed; kept, the reference's temporaries cost no page faults
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
-_WARM_UP = 3
+_WARM_UP = 2
 
 
 @dataclass
