@@ -122,7 +122,8 @@ if __name__ == "__main__":
             percent = f"{100 * resident * 128 // THREADS[target]} %"
             spilt = kernel.spills + kernel.stack
             rows.append([target, name, kernel.registers, kernel.shared, spilt, resident, percent, loads[0], loads[1]])
-    head = ["target", "kernel", "registers", "shared bytes", "spills", "programs a multiprocessor", "threads", "16-byte loads", "loads"]
+    head = ["target", "kernel", "registers", "shared bytes", "spills", "programs a multiprocessor", "of its threads"]
+    head += ["16-byte loads", "loads"]
     moved: list[list[object]] = []
     for name, net in NETS.items():
         need, besides, programs = bytes_of_step(name)
@@ -135,7 +136,7 @@ if __name__ == "__main__":
         f"Triton {triton.__version__}, PyTorch {torch.__version__}; 128 threads a program. "
         "Made by `TRITON_INTERPRET=0 python benchmarks/triton_targets.py`.\n\n"
         + table(head, rows)
-        + "\n\nThe loads are those in the code, not those that run. One step of `nature`, read off the kernel's tables; "
+        + "\n\nThe loads are those in the code, not those that run.\n\nOne step of `nature`, by the kernel's tables; "
         "the last column is an **estimate**, not a measurement: the first one at the 3.35 TB/s of an H100.\n\n"
         + table([*columns.split(","), "floor on an H100 (estimate)"], moved)
         + "\n"
