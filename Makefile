@@ -9,12 +9,12 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench bench-kernels results instructions test test-all test-integrations gpu sanitize lint format \
-	wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench bench-kernels results instructions test test-all test-triton38 test-integrations gpu sanitize lint \
+	format wheel check-wheel old-cpu clean FORCE
 
 help:
 	@echo "make demo | bench | bench-kernels | results | instructions"
-	@echo "     test | test-all | test-integrations | gpu | sanitize | lint | format"
+	@echo "     test | test-all | test-triton38 | test-integrations | gpu | sanitize | lint | format"
 	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
@@ -47,6 +47,7 @@ test: .venv/built
 # what test leaves out
 test-all: .venv/built
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(MAKE) test-triton38
 	$(MAKE) sanitize
 	$(MAKE) test-integrations
 
@@ -60,9 +61,17 @@ test-integrations: .venv/built .venv-integrations/tools
 	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
 	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
 
+# the Triton that PyTorch 2.14 brings, over the packages of .venv
+test-triton38: .venv/built
+	$(PYTHON) -m venv .venv38
+	echo "$(CURDIR)/$$(echo .venv/lib/python3*/site-packages)" > $$(echo .venv38/lib/python3*/site-packages)/base.pth
+	.venv38/bin/pip install --quiet --no-deps triton==3.8.0
+	PYTHONPATH="$(CURDIR)" .venv38/bin/python -m pytest -m "not gpu" tests/test_triton.py tests/test_triton_compile.py $(ARGS)
+
 # one process: the tests share the device
 gpu: .venv/built
-	$(BIN)/pytest -m gpu $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py
 
 # A second build of the package, in build/sanitize, run under AddressSanitizer and UBSan; for GCC. Python is linked to
 # neither the sanitizer nor the C++ library whose exceptions it watches, so both are loaded ahead of it. What Python

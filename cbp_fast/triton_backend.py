@@ -10,7 +10,8 @@ import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,8 +31,12 @@ _TILE = _WIDE * _NARROW
 # tables of so many shapes of activations, and of so many lists of tensors, are kept
 _KEPT = 16
 
+_T = TypeVar("_T")
+
 
 class Axis(NamedTuple):
+    """One axis of a tensor as it lies in memory."""
+
     size: int
     stride: int  # in elements
 
@@ -243,7 +248,7 @@ def _output_sum(weight: Tensor, number: int, group: int, units: int, block: Sequ
 
 
 class _Sender:
-    """Small int64 tables that change from step to step, on their way to the device without waiting for it."""
+    """A small int64 table that changes from step to step, on its way to the device without waiting for it."""
 
     _RING = 4
 
@@ -253,18 +258,29 @@ class _Sender:
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
         self._next = 0
         self._target = torch.empty(0, dtype=torch.int64, device=device)
-        # what a CUDA graph reads and writes at every replay stays for as long as this object
-        self._captured: list[object] = []
+        # a CUDA graph reads its own pinned buffer at every replay; none can be had while a stream is captured
+        self._spare = torch.empty(0, dtype=torch.int64)
+        self._captured: list[Tensor] = []
 
     def send(self, values: list[int]) -> Tensor:
-        """A device tensor of these values, for kernels launched after this call."""
+        """A device tensor of these values, for kernels launched after this call.
+
+        Raises:
+            RuntimeError: a graph is captured before a step of this shape has run.
+        """
         if self.device.type == "cpu":
             return torch.tensor(values, dtype=torch.int64)
-        if torch.cuda.is_current_stream_capturing():
-            pinned = torch.tensor(values, dtype=torch.int64, pin_memory=True)
-            target = pinned.to(self.device, non_blocking=True)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            if self._spare.numel() != len(values):
+                raise RuntimeError("run a step with inputs of the same shape before each capture of a CUDA graph")
+            pinned, self._spare = self._spare, torch.empty(0, dtype=torch.int64)
+            target = torch.empty(len(values), dtype=torch.int64, device=self.device)
             self._captured += [pinned, target]
-            return target
+            pinned.copy_(torch.tensor(values, dtype=torch.int64))
+            return target.copy_(pinned, non_blocking=True)
+        if self._spare.numel() != len(values):
+            self._spare = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         if values == self._last:
             return self._target
         if self._target.numel() != len(values):
@@ -321,23 +337,32 @@ class _Tables:
             state.chosen,
             self.is_chosen,
         )
-        addresses = Addresses(*(f.data_ptr() for f in fields), len(state.layouts))
+        addresses = Addresses._make([*(f.data_ptr() for f in fields), len(state.layouts)])
         self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
         self.sender = _Sender(device)
-        self.plans: dict[object, _Plan] = {}
+        self.plans: dict[object, _Step] = {}
         self.captures: dict[object, _Plan] = {}
         self.targets: dict[object, _Targets] = {}
         self.captured: list[object] = []
         self.wide = state.utility.dtype == torch.float64
         self.meta = meta_of(state.rule, self.wide, any(layout.columns_per_unit > 1 for layout in state.layouts))
 
-    def keep(self, entries: dict, key: object, value: object) -> None:
-        """Put an entry into a table of tables, which forgets the oldest."""
-        if len(entries) >= _KEPT:
-            entries.pop(next(iter(entries)))
-        entries[key] = value
+    def on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def used(self, tables: _T) -> _T:
+        """What a CUDA graph uses must stay for its replays."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.captured.append(value)
+            self.captured.append(tables)
+        return tables
+
+
+def _keep(entries: dict[object, _T], key: object, value: _T) -> None:
+    """Put an entry into a table of tables, which forgets the oldest."""
+    if len(entries) >= _KEPT:
+        entries.pop(next(iter(entries)))
+    entries[key] = value
 
 
 _tables: WeakKeyDictionary[State, _Tables] = WeakKeyDictionary()
@@ -350,12 +375,14 @@ def _tables_of(state: State) -> _Tables:
     return tables
 
 
-def _launch(plan: _Plan, kernel: object, args: Sequence[Tensor], meta: dict[str, object]) -> None:
+def _launch(tables: _Tables, plan: _Plan, kernel: object, args: Sequence[Tensor], meta: dict[str, Any]) -> None:
     """Launch a kernel that counts its programs; whatever stops it, the next one finds the counters at zero."""
+    tables.used(plan)
     if plan.dirty:
         plan.counters.zero_()
     plan.dirty = True
-    triton_kernels.launch(kernel, (len(plan.tiles),), args, meta)
+    with tables.on_device():
+        triton_kernels.launch(kernel, (len(plan.tiles),), args, meta)
     plan.dirty = False
 
 
@@ -381,10 +408,10 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
             sums[i] = s._replace(samples=0)
         plan = _Plan(sums, [h.data_ptr() % 16], len(state.layouts), tables.device)
         plan.allocate(0)
-        tables.keep(tables.captures, key, plan)
+        _keep(tables.captures, key, plan)
     tensors = tables.sender.send([h.data_ptr() + offset for _, offset in plan.sources])
     args = (plan.tiles, plan.jobs, tensors, tables.addresses, plan.workspace, plan.counters)
-    _launch(plan, triton_kernels.capture, args, {"KINDS": plan.kinds})
+    _launch(tables, plan, triton_kernels.capture, args, {"KINDS": plan.kinds})
 
 
 class _Step(_Plan):
@@ -406,18 +433,17 @@ class _Step(_Plan):
         for i, slot in enumerate(state.slots):
             if state.rule.outgoing:
                 module, number = state.modules[slot.weight], len(held) + slot.weight
-                s, folds[i] = _input_sum(
-                    tensors[number], number, slot, getattr(module, "groups", 1), out_axis(module)
-                )
+                groups_, out = getattr(module, "groups", 1), out_axis(module)
+                one, folds[i] = _input_sum(tensors[number], number, slot, groups_, out)
                 sum_of_slot[i] = len(sums)
-                sums.append(s)
+                sums.append(one)
         incoming = []
         for g, layout in enumerate(state.layouts):
             for i, block in layout.incoming:
                 number = len(held) + i
-                s = _output_sum(tensors[number], number, g, layout.num_units, block, out_axis(state.modules[i]))
+                one = _output_sum(tensors[number], number, g, layout.num_units, block, out_axis(state.modules[i]))
                 incoming += [len(sums), block.per_unit]
-                sums.append(s)
+                sums.append(one)
         device = state.buffer.device
         super().__init__(sums, [t.data_ptr() % 16 for t in tensors], len(state.layouts), device)
         self.order = order
@@ -480,11 +506,17 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
     plan = tables.plans.get(key)
     if plan is None:
         plan = _Step(state, weights, held, slots)
-        tables.keep(tables.plans, key, plan)
+        _keep(tables.plans, key, plan)
     addresses = [held[i].data_ptr() for i in plan.order] + [w.data_ptr() for w in weights]
     tensors = tables.sender.send([addresses[tensor] + offset for tensor, offset in plan.sources])
     args = (plan.tiles, plan.jobs, tensors, plan.groups, plan.readers, plan.incoming, tables.addresses)
-    _launch(plan, triton_kernels.select, (*args, plan.workspace, plan.counters), {"KINDS": plan.kinds, **tables.meta})
+    _launch(
+        tables,
+        plan,
+        triton_kernels.select,
+        (*args, plan.workspace, plan.counters),
+        {"KINDS": plan.kinds, **tables.meta},
+    )
     return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
 
 
@@ -523,7 +555,7 @@ class _Targets:
             programs = min(-(-elements // _BLOCK), 1024)
             tiles += [(len(targets), program) for program in range(programs)]
             targets.append(
-                Target(
+                Target(  # type: ignore[call-arg]
                     tensor.data_ptr(),
                     _TYPES[tensor.dtype],
                     kind,
@@ -549,7 +581,7 @@ class _Targets:
             )
         for g, layout in enumerate(state.layouts):
             tiles.append((len(targets), 0))
-            targets.append(Target(0, 0, 4, 0, g, layout.units.start, *(0,) * (len(Target._fields) - 6)))
+            targets.append(Target._make([0, 0, 4, 0, g, layout.units.start, *[0] * (len(Target._fields) - 6)]))
         self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
         self.targets = torch.tensor(targets, dtype=torch.int64).to(device)
         self.masks = torch.tensor(masks or [[0]], dtype=torch.int64).to(device)
@@ -575,7 +607,9 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
     targets = tables.targets.get(key)
     if targets is None:
         targets = _Targets(state, regions, tensors)
-        tables.keep(tables.targets, key, targets)
+        _keep(tables.targets, key, targets)
     args = (targets.tiles, targets.targets, targets.masks, targets.owners, tables.addresses)
     meta = {"WIDE_UTILITY": tables.wide, "DISTRIBUTION": ("uniform", "normal", "unit").index(state.rule.distribution)}
-    triton_kernels.launch(triton_kernels.reinit, (len(targets.tiles),), args, meta)
+    tables.used(targets)
+    with tables.on_device():
+        triton_kernels.launch(triton_kernels.reinit, (len(targets.tiles),), args, meta)

@@ -114,7 +114,7 @@ class Addresses(NamedTuple):
     hyper: int
     pending: int
     num_replaced: int
-    count: int
+    samples: int  # `State.count`
     activation: int
     utility: int
     age: int
@@ -168,11 +168,11 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
     REDUCED: tl.constexpr = WIDE if ALONG else NARROW
     # cast here, since what is said of the result of another function is lost on triton 3.8
     if TYPE == FLOAT64:
-        VECTOR: tl.constexpr = 2
+        VECTOR: tl.constexpr = 2  # elements of 16 bytes
         x = address.to(tl.pointer_type(tl.float64))
         total = tl.zeros([OUTPUTS, REDUCED] if ALONG else [REDUCED, OUTPUTS], tl.float64)
     else:
-        VECTOR: tl.constexpr = 4 if TYPE == FLOAT32 else 8
+        VECTOR: tl.constexpr = 4 if TYPE == FLOAT32 else 8  # type: ignore[no-redef]
         if TYPE == FLOAT32:
             x = address.to(tl.pointer_type(tl.float32))
         elif TYPE == FLOAT16:
@@ -412,7 +412,10 @@ def _utility_now(
         reader = readers + r * READER
         count = tl.load(_pointer(tl.load(addresses + A_COUNT), tl.int64) + r) + tl.load(reader + R_SAMPLES)
         if count > 0:
-            first_job, last_job = tl.load(reader + R_FIRST_JOB), tl.load(reader + R_FIRST_JOB) + tl.load(reader + R_JOBS)
+            first_job, last_job = (
+                tl.load(reader + R_FIRST_JOB),
+                tl.load(reader + R_FIRST_JOB) + tl.load(reader + R_JOBS),
+            )
             terms = tl.zeros([j.shape[0], POSITIONS], tl.float64)
             per_unit = tl.load(reader + R_PER_UNIT)
             for first in range(0, per_unit, POSITIONS):
@@ -525,10 +528,7 @@ def _choose(
         finite = tl.abs(y) < float("inf")
         if MIN_MAX:
             y = tl.where(finite, y - least, 0.0)
-            if WIDE_UTILITY:
-                y = y / span
-            else:
-                y = tl.div_rn(y, tl.zeros_like(y) + span)
+            y = y / span if WIDE_UTILITY else tl.div_rn(y, tl.zeros_like(y) + span)
         u = tl.load(utility + j, j < units, 0)
         u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
         a = tl.load(age + j, j < units, 0) + finite.to(tl.int32)
@@ -536,10 +536,7 @@ def _choose(
         tl.store(age + j, a, j < units)
         tl.store(is_chosen + j, 0, j < units)
         mature = (j < units) & (a.to(tl.float64) > maturity)
-        if SCORE == 1:
-            divisor = a.to(tl.float64)
-        else:
-            divisor = tl.where(decay > 0, _bias_correction(a, log_decay), 1.0)
+        divisor = a.to(tl.float64) if SCORE == 1 else tl.where(decay > 0, _bias_correction(a, log_decay), 1.0)
         score = (u.to(tl.float64) / tl.where(a > 0, divisor, 1.0)).to(U)
         candidate = mature & (tl.abs(score) < float("inf"))
         # a float64 score beyond float32 stays a candidate, after all others
@@ -696,8 +693,8 @@ class Target(NamedTuple):
 
 
 (T_ADDRESS, T_DTYPE, T_KIND, T_VALUE, T_GROUP, T_FIRST_UNIT, T_ELEMENTS, T_PROGRAMS, T_START, T_UNIT_STRIDE,
- T_POSITION_STRIDE, T_AXIS, T_ROWS, T_COLUMNS, T_INNER, T_SIZE3, T_SIZE4, T_STRIDE0, T_STRIDE1, T_STRIDE2, T_STRIDE3, T_STRIDE4, T_STREAM,
- T_FIRST_MASK, T_MASKS, TARGET) = map(tl.constexpr, range(len(Target._fields) + 1))  # fmt: skip
+ T_POSITION_STRIDE, T_AXIS, T_ROWS, T_COLUMNS, T_INNER, T_SIZE3, T_SIZE4, T_STRIDE0, T_STRIDE1, T_STRIDE2, T_STRIDE3,
+ T_STRIDE4, T_STREAM, T_FIRST_MASK, T_MASKS, TARGET) = map(tl.constexpr, range(len(Target._fields) + 1))  # fmt: skip
 
 
 class Mask(NamedTuple):
@@ -767,7 +764,10 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
         inner, size3, size4 = tl.load(target + T_INNER), tl.load(target + T_SIZE3), tl.load(target + T_SIZE4)
         across = tl.where(axis == 0, columns, rows)
         value = tl.load(target + T_VALUE).to(tl.float64, bitcast=True)
-        first_mask, last_mask = tl.load(target + T_FIRST_MASK), tl.load(target + T_FIRST_MASK) + tl.load(target + T_MASKS)
+        first_mask, last_mask = (
+            tl.load(target + T_FIRST_MASK),
+            tl.load(target + T_FIRST_MASK) + tl.load(target + T_MASKS),
+        )
         start, every = tl.load(tile + 1).to(tl.int64) * BLOCK, tl.load(target + T_PROGRAMS) * BLOCK
         for begin in range(start, num_chosen * elements, every):
             q = begin + tl.arange(0, BLOCK)

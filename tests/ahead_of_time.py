@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there, in a process without the interpreter; `compiled` runs it.
 
-    TRITON_INTERPRET=0 python tests/ahead_of_time.py DIRECTORY < SPECIALISATIONS
+TRITON_INTERPRET=0 python tests/ahead_of_time.py DIRECTORY < SPECIALISATIONS
 """
 
 import functools
@@ -38,7 +38,9 @@ class Compiled(NamedTuple):
 
 def _types(kernel):
     """int32 tables are named, all others are int64."""
-    return ["*i32" if name in ("tiles", "counters", "owners") else "*i64" for name in kernel.arg_names if name.islower()]
+    return [
+        "*i32" if name in ("tiles", "counters", "owners") else "*i64" for name in kernel.arg_names if name.islower()
+    ]
 
 
 def _compile(specialisation):

@@ -1,5 +1,6 @@
-"""The Triton backend in Triton's interpreter, against the reference and the compiled backend. conftest.py turns it on."""
+"""The Triton backend in Triton's interpreter (see conftest.py), against the reference and the compiled backend."""
 
+import itertools
 import math
 import random
 import threading
@@ -59,7 +60,7 @@ def mlp(widths, dtypes=(torch.float32,), seed=0):
             return x.to(self.dtype)
 
     layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         dtype = dtypes[i % len(dtypes)]
         layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.ReLU()]
         if len(dtypes) > 1:
@@ -69,7 +70,7 @@ def mlp(widths, dtypes=(torch.float32,), seed=0):
 
 def linear_groups(model):
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-    return [UnitGroup(f"g{i}", [a], [b]) for i, (a, b) in enumerate(zip(layers, layers[1:], strict=False))]
+    return [UnitGroup(f"g{i}", [a], [b]) for i, (a, b) in enumerate(itertools.pairwise(layers))]
 
 
 def attach(model, backend, *, optimizer=None, **options):
@@ -124,7 +125,10 @@ def test_training_is_that_of_the_compiled_backend(rule, capture):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float64,), DTYPES], ids=["bf16", "f64", "mixed"])
 @pytest.mark.parametrize("rule", ["nature", "clarena"])
 def test_training_in_other_types(rule, dtypes):
-    runs = [train(b, SERVED[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0) for b in ("triton", "cpp")]
+    runs = [
+        train(b, SERVED[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0)
+        for b in ("triton", "cpp")
+    ]
     assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
 
 
@@ -168,7 +172,11 @@ def test_choice_is_a_stable_sort(rate, tied):
     reader.weight.data.fill_(1.0)
     cbp = engine_of([([nn.Linear(2, units)], [reader])], backend="triton", replacement_rate=rate, decay_rate=0.0)
     # all exponents of float32, in no order
-    y = torch.randint(0, 5, (units,)).float() if tied else 2.0 ** torch.linspace(-140, 120, units)[torch.randperm(units)]
+    y = (
+        torch.randint(0, 5, (units,)).float()
+        if tied
+        else 2.0 ** torch.linspace(-140, 120, units)[torch.randperm(units)]
+    )
     y[:: units // 7] = 0.0
     y[5], y[77] = math.inf, math.nan
     state = cbp._engine.state
@@ -196,7 +204,9 @@ def test_nothing_mature_and_nothing_reached():
         # an empty batch is no forward
         engine.record(1, torch.ones(0, 4))
         cbp.step()
-        assert all(torch.equal(p, q) for p, q in zip(before, (p for l in layers for p in l.parameters()), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(before, (p for layer in layers for p in layer.parameters()), strict=True)
+        )
         state = engine.state
         runs[backend] = [state.age.clone(), state.utility.clone(), state.step.clone(), state.pending.clone()]
         assert state.age.tolist() == [1] * 4 + [0] * 4
@@ -214,7 +224,9 @@ def spread(tensor, step=3):
 
 VIEWS = {
     "dense": lambda h: h.contiguous(),
-    "channels last": lambda h: h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.mT.contiguous().mT,
+    "channels last": lambda h: (
+        h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.mT.contiguous().mT
+    ),
     "gaps": spread,
     "flipped axes": lambda h: h.permute(*range(h.dim())[::-1]).contiguous().permute(*range(h.dim())[::-1]),
 }
@@ -283,7 +295,9 @@ class Interleaved:
     def launch(self, kernel, grid, args, meta):
         builder = interpreter.interpreter_builder
         builder.set_grid_dim(*grid, 1, 1)
-        plain = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")}
+        plain = {
+            name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
+        }
         patched = interpreter._patch_lang(kernel.fn)
         values = {name: interpreter._implicit_cvt(arg) for name, arg in zip(kernel.arg_names, args, strict=False)}
         for name, function in plain.items():
@@ -346,7 +360,11 @@ def test_any_order_of_programs_gives_the_same_bits(change, monkeypatch):
         cbp._engine.record(0, torch.randn(300, 140))
         cbp._engine.record(1, torch.randn(3, 30, dtype=torch.float64))
         cbp.step()
-        return [*cbp.utility.values(), *cbp.last_replaced.values(), *(p for l in layers for p in l.parameters())]
+        return [
+            *cbp.utility.values(),
+            *cbp.last_replaced.values(),
+            *(p for layer in layers for p in layer.parameters()),
+        ]
 
     expected = run()
     for seed in range(3):
@@ -369,9 +387,10 @@ def test_an_aborted_launch_does_not_poison_the_next(monkeypatch):
                 stopped(kernel, (grid[0] // 2,), args, meta)
                 raise KeyboardInterrupt
 
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            with monkeypatch.context() as patch:
                 patch.setattr(triton_kernels, "launch", launch)
-                cbp.step()
+                with pytest.raises(KeyboardInterrupt):
+                    cbp.step()
             cbp._engine.restore()
         cbp.step()
         results.append((cbp.utility["g0"], cbp.last_replaced["g0"]))

@@ -1,17 +1,20 @@
 """The Triton kernels compiled ahead of time: their text, and runs of their PTX on a machine without an order."""
 
+import functools
+import itertools
 import re
 
 import pytest
 import torch
 from ahead_of_time import AMD, TARGETS, Specialisation, compiled
+from ptx_machine import Assembler, Launch, MachineError
+from torch import nn
 
-from cbp_fast import Rule
+from cbp_fast import ContinualBackprop, Rule, UnitGroup, triton_backend, triton_kernels
 from cbp_fast.triton_backend import meta_of
 
 # bit 4 * type + 2 * along + aligned
 FLOAT32_ALIGNED, EVERY_KIND = 1 << 9 | 1 << 11, 2**16 - 1
-ALIGNED = 0b1010101010101010
 RULES = {
     "nature": Rule.nature(),
     "contribution": Rule.gnt(),
@@ -92,3 +95,110 @@ def test_amd_compiles():
     for kernel in compiled(*everything(AMD)):
         assert ".amdgcn_target" in kernel.ptx
         assert "global_load_dwordx4" in kernel.ptx or "global_load" in kernel.ptx
+
+
+class OnMachine:
+    """In the place of `launch`: the compiled kernels on the machine, with a change to their text."""
+
+    def __init__(self, tensors, seed=0, change=lambda ptx: ptx):
+        self.tensors, self.seed, self.change = tensors, seed, change
+
+    def launch(self, kernel, grid, args, meta):
+        (built,) = compiled(Specialisation.of(kernel.fn.__name__, **meta))
+        ptx = self.change(built.ptx) if kernel.fn.__name__ == "select" else built.ptx
+        Launch(assembled(ptx), grid[0], args, self.tensors(), built.shared, seed=self.seed)
+
+
+assembled = functools.cache(Assembler)
+
+
+def step(backend, rule, widths, samples, dtypes, replacement_rate=0.3):
+    """One step on whole numbers; everything that it leaves."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b, dtype=t) for a, b, t in zip(widths, widths[1:], dtypes, strict=False)]
+    for layer in layers:
+        layer.weight.data.copy_(torch.randint(-3, 4, layer.weight.shape))
+    groups = [UnitGroup(f"g{i}", a, b) for i, (a, b) in enumerate(itertools.pairwise(layers))]
+    model = nn.Sequential(*layers)
+    options = {"replacement_rate": replacement_rate, "maturity_threshold": 0, "decay_rate": 0.5, "seed": 3}
+    cbp = ContinualBackprop(model, rule=rule, groups=groups, backend="reference", **options)
+    engine = cbp._engine
+    engine.backend = backend
+    held = [torch.randint(-3, 4, (samples, w)).to(t) for w, t in zip(widths[1:-1], dtypes[1:], strict=False)]
+    for i, h in enumerate(held):
+        engine.record(i, h)
+    REACHED[:] = [*model.parameters(), *held, engine.state.buffer]
+    cbp.step()
+    state = engine.state
+    fields = [state.utility, state.age, state.pending, state.num_chosen, state.count, state.step]
+    return [*fields, *cbp.last_replaced.values(), *(p.detach() for p in model.parameters())]
+
+
+# what the step in progress reaches by addresses in tables
+REACHED = []
+
+
+def reached():
+    tables = triton_backend._tables.values()
+    return [*REACHED, *(t.is_chosen for t in tables)]
+
+
+CASES = {
+    "one group": (Rule.nature(), (8, 40, 8), 150, (torch.float32, torch.float32)),
+    "three groups": (Rule.nature(), (5, 140, 16, 17, 3), 20, (torch.float32, torch.bfloat16, torch.float16) * 2),
+    "clarena": (Rule.clarena(), (16, 16, 16, 4), 8, (torch.float32,) * 3, 0.5),
+    "many chosen": (Rule.gnt(), (4, 300, 2), 4, (torch.float64, torch.float32), 0.9),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [("one group", 0), *(pytest.param(name, seed, marks=pytest.mark.slow) for name in CASES for seed in range(3))],
+)
+def test_compiled_code_on_the_machine(name, seed, monkeypatch):
+    expected = step("reference", *CASES[name])
+    monkeypatch.setattr(triton_kernels, "launch", OnMachine(reached, seed).launch)
+    for a, b in zip(step("triton", *CASES[name]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def relaxed(ptx):
+    return ptx.replace(".gpu.acq_rel.", ".relaxed.gpu.").replace(".acq_rel.gpu.", ".relaxed.gpu.")
+
+
+def without_barrier(before):
+    """The text without what barriers there are between each counter and the next access to tensors."""
+
+    def change(ptx):
+        lines = ptx.splitlines()
+        for i in [i for i, line in enumerate(lines) if "atom.global" in line]:
+            for k in range(i - 1, -1, -1) if before else range(i + 1, len(lines)):
+                if re.search(r"(ld|st|atom)\.global", lines[k]):
+                    break
+                if "bar.sync" in lines[k]:
+                    lines[k] = ""
+        return "\n".join(lines)
+
+    return change
+
+
+MUTANTS = {"relaxed": relaxed, "no barrier before": without_barrier(True), "no barrier after": without_barrier(False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_machine_finds_what_is_missing(mutant, monkeypatch):
+    """Without the order that counters make, some run of a few goes wrong."""
+    expected = step("reference", *CASES["one group"])
+    wrong = 0
+    for seed in range(8):
+        monkeypatch.setattr(triton_kernels, "launch", OnMachine(reached, seed, MUTANTS[mutant]).launch)
+        try:
+            result = step("triton", *CASES["one group"])
+        except MachineError:
+            wrong += 1
+        else:
+            wrong += not all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+        if wrong:
+            break
+    assert wrong

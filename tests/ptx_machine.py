@@ -1,0 +1,617 @@
+"""A machine for the PTX that Triton makes, in NumPy: several programs at once, in no order, with a weak memory.
+
+Enough of PTX for this project's kernels; any other instruction is an error that names it. Tensors on the CPU are the
+device's memory, at their own addresses, and an access outside them, or not aligned to its size, is an error.
+
+What a warp stores is seen by that warp at once, by its program after a barrier, and by other programs after a release
+by a warp of that program, or when the launch is over. A plain load may see what its multiprocessor's first cache holds
+of an earlier time, until a warp there acquires; `.cg` looks past it. Every operation rounds by itself.
+"""
+
+import ctypes
+import random
+import re
+
+import numpy as np
+
+WARP, LINE = 32, 128
+TYPES = {
+    "pred": np.dtype(bool),
+    **{f"{name}{8 * size}": np.dtype(f"{kind}{size}") for name, kind in ("bu", "uu", "si") for size in (1, 2, 4, 8)},
+    **{f"f{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+}
+REGISTERS = {"p": np.dtype(bool), "rs": np.dtype("u2"), "r": np.dtype("u4"), "rd": np.dtype("u8")}
+# what all lanes of a warp do at once; those that come first wait
+TOGETHER = ("bar", "shfl", "redux", "ldmatrix")
+COMPARISONS = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+
+
+class MachineError(Exception):
+    """The program does what no program may, or what this machine cannot."""
+
+
+def operands(text):
+    """`a, {b, c}, [d + 4]` as a list."""
+    return [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text)]
+
+
+def listed(text):
+    """`{b, c}` as a list, and anything else as a list of itself."""
+    return [part.strip() for part in text.strip("{} ").split(",")]
+
+
+def unsigned(size):
+    return np.dtype(f"u{size}")
+
+
+class Memory:
+    """Bytes of tensors at their own addresses."""
+
+    def __init__(self):
+        self.bases, self.buffers, self.kept = [], [], []
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        base, size = storage.data_ptr(), storage.nbytes()
+        if size and base not in self.bases:
+            place = int(np.searchsorted(self.bases, base))
+            self.bases.insert(place, base)
+            self.buffers.insert(place, np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8))
+            self.kept.append(tensor)
+
+    def at(self, address, size):
+        """The `size` bytes at an address, as a view."""
+        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        offset = address - self.bases[place] if place >= 0 else -1
+        if offset < 0 or offset + size > len(self.buffers[place]):
+            raise MachineError(f"{size} bytes at {address:#x} are in no tensor")
+        if address % size:
+            raise MachineError(f"{size} bytes at {address:#x} are not aligned")
+        return self.buffers[place][offset : offset + size]
+
+    def line(self, address):
+        """What there is of a cache line, by address."""
+        first = address // LINE * LINE
+        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        base, buffer = self.bases[place], self.buffers[place]
+        low, high = max(first, base), min(first + LINE, base + len(buffer))
+        return low, bytearray(buffer[low - base : high - base].tobytes())
+
+
+def _wide_product(a, b, dtype):
+    return a.astype(f"{dtype.kind}{2 * dtype.itemsize}") * b.astype(f"{dtype.kind}{2 * dtype.itemsize}")
+
+
+def _quotient(a, b):
+    """Towards zero; what no lane asks for may divide by zero."""
+    b = np.where(b == 0, 1, b).astype(a.dtype)
+    quotient = a // b
+    return quotient + ((quotient < 0) & (quotient * b != a)) if a.dtype.kind == "i" else quotient
+
+
+def _shifted(a, b, left):
+    bits = 8 * a.dtype.itemsize
+    over, amount = b >= bits, np.minimum(b, bits - 1).astype(a.dtype)
+    result = a << amount if left else a >> amount
+    rest = a >> a.dtype.type(bits - 1) if a.dtype.kind == "i" and not left else a.dtype.type(0)
+    return np.where(over, rest, result).astype(a.dtype)
+
+
+def _extreme(function, float_function):
+    return lambda a, b: (float_function if a.dtype.kind == "f" else function)(a, b)
+
+
+ELEMENTWISE = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "mad": lambda a, b, c: a * b + c,
+    "div": lambda a, b: a / b if a.dtype.kind == "f" else _quotient(a, b),
+    "rem": lambda a, b: a - _quotient(a, b) * b,
+    "min": _extreme(np.minimum, np.fmin),
+    "max": _extreme(np.maximum, np.fmax),
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "neg": np.negative,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "mov": lambda a: a,
+}
+ROUNDINGS = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
+
+
+class Assembler:
+    """One kernel's text as functions of a warp and the lanes that run."""
+
+    def __init__(self, ptx):
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.S)
+        entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{(.*)\}", text, re.S)
+        self.parameters = re.findall(r"(\w+_param_\d+)", entry[2])
+        self.threads = int(re.search(r"\.reqntid\s+(\d+)", entry[3])[1])
+        self.shared = set(re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]", text))
+        self.labels, self.code, self.text = {}, [], []
+        # directives, and the braces round what was written by hand
+        body = re.sub(r"^\s*(\.(loc|file|pragma|reg|section)[^\n]*|[{}])\s*$", "", entry[4], flags=re.M)
+        for statement in re.split(r";|(?<=:)\s", body):
+            statement = " ".join(statement.split())
+            if statement.endswith(":"):
+                self.labels[statement[:-1]] = len(self.text)
+            elif statement and not statement.startswith("."):
+                self.text.append(statement)
+        self.code = [self.instruction(statement) for statement in self.text]
+
+    def instruction(self, statement):
+        guard, opcode, rest = re.match(r"(?:@(!?%p\d+)\s+)?(\S+)\s*(.*)", statement).groups()
+        name, *suffixes = opcode.split(".")
+        make = getattr(self, f"make_{name}", None)
+        arguments = operands(rest)
+        if make is None and name not in ELEMENTWISE:
+            raise MachineError(f"unknown instruction: {statement}")
+        run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
+        return (self.value(guard, TYPES["pred"]) if guard else None), run, name in TOGETHER
+
+    def value(self, text, dtype):
+        """A function of a warp: the operand in all its lanes."""
+        if text.startswith("!"):
+            inner = self.value(text[1:], dtype)
+            return lambda warp: ~inner(warp)
+        if text in ("%tid.x", "%ctaid.x"):
+            return lambda warp: warp.special[text].view(dtype)
+        if text.startswith("%"):
+            own = REGISTERS[re.match(r"%([a-z]+)", text)[1]]
+            if own == dtype:
+                return lambda warp: warp.register(text, own)
+            if own.itemsize == dtype.itemsize:
+                return lambda warp: warp.register(text, own).view(dtype)
+            # a wider register is cut
+            return lambda warp: warp.register(text, own).astype(unsigned(dtype.itemsize)).view(dtype)
+        if text in self.shared:
+            constant = 0
+        elif re.match(r"0[fF]", text):
+            constant = np.array([int(text[2:], 16)], "u4").view("f4")[0]
+        elif re.match(r"0[dD]", text):
+            constant = np.array([int(text[2:], 16)], "u8").view("f8")[0]
+        else:
+            constant = int(text, 0)
+        if isinstance(constant, int) and dtype.kind in "iu":
+            constant = np.array(constant & (2 ** (8 * dtype.itemsize) - 1), unsigned(dtype.itemsize)).view(dtype)
+        elif not isinstance(constant, int) and dtype.kind in "iu":
+            constant = constant.view(dtype)
+        array = np.full(WARP, constant, dtype)
+        return lambda warp: array
+
+    def setter(self, text):
+        """A function that puts a value, of any type of the register's size or a lesser one, into the lanes that run."""
+        if text == "_":
+            return lambda warp, lanes, value: None
+        own = REGISTERS[re.match(r"%([a-z]+)", text)[1]]
+
+        def put(warp, lanes, value):
+            if own.kind == "b":
+                bits = value.astype(bool)
+            elif value.dtype.itemsize == own.itemsize:
+                bits = value.view(own)
+            else:
+                # a narrow signed value is extended by its sign
+                bits = value.astype(f"i{own.itemsize}").view(own) if value.dtype.kind == "i" else value.astype(own)
+            np.copyto(warp.register(text, own), bits, where=lanes)
+
+        return put
+
+    def elementwise(self, name, suffixes, arguments):
+        dtype, function = TYPES[suffixes[-1]], ELEMENTWISE[name]
+        if name == "mov" and "{" in "".join(arguments):
+            return self.repack(dtype, arguments)
+        types = [dtype] * (len(arguments) - 1)
+        if dtype.kind == "b":
+            function = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}.get(
+                name, function
+            )
+        elif "wide" in suffixes:
+            if name == "mad":
+                types[2] = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
+                function = lambda a, b, c: _wide_product(a, b, dtype) + c  # noqa: E731
+            else:
+                function = lambda a, b: _wide_product(a, b, dtype)  # noqa: E731
+        elif "hi" in suffixes:
+            function = lambda a, b: (_wide_product(a, b, dtype) >> 8 * dtype.itemsize).astype(dtype)  # noqa: E731
+        getters = [self.value(a, t) for a, t in zip(arguments[1:], types, strict=True)]
+        put = self.setter(arguments[0])
+        return lambda warp, lanes: put(warp, lanes, function(*(get(warp) for get in getters)))
+
+    def repack(self, dtype, arguments):
+        """mov between one register and the parts of it."""
+        target, source = map(listed, arguments)
+        part = unsigned(dtype.itemsize // max(len(target), len(source)))
+        if len(target) > 1:
+            get, puts = self.value(source[0], dtype), [self.setter(t) for t in target]
+
+            def run(warp, lanes):
+                parts = np.ascontiguousarray(get(warp)).view(part).reshape(WARP, -1)
+                for i, put in enumerate(puts):
+                    put(warp, lanes, parts[:, i].copy())
+        else:
+            gets, put = [self.value(s, part) for s in source], self.setter(target[0])
+
+            def run(warp, lanes):
+                parts = np.stack([get(warp) for get in gets], 1)
+                put(warp, lanes, np.ascontiguousarray(parts).view(unsigned(dtype.itemsize)).reshape(WARP))
+
+        return run
+
+    def make_abs(self, suffixes, arguments):
+        if suffixes[-1] != "f16x2":
+            return self.elementwise("abs", suffixes, arguments)
+        get, put = self.value(arguments[1], TYPES["b32"]), self.setter(arguments[0])
+        return lambda warp, lanes: put(warp, lanes, get(warp) & np.uint32(0x7FFF7FFF))
+
+    def make_shl(self, suffixes, arguments, left=True):
+        dtype = TYPES[suffixes[-1]]
+        get, amount, put = (
+            self.value(arguments[1], dtype),
+            self.value(arguments[2], TYPES["u32"]),
+            self.setter(arguments[0]),
+        )
+        return lambda warp, lanes: put(warp, lanes, _shifted(get(warp), amount(warp), left))
+
+    def make_shr(self, suffixes, arguments):
+        return self.make_shl(suffixes, arguments, left=False)
+
+    def make_bfe(self, suffixes, arguments):
+        gets, put = [self.value(a, TYPES["u32"]) for a in arguments[1:]], self.setter(arguments[0])
+
+        def run(warp, lanes):
+            value, first, length = (get(warp).astype("u8") for get in gets)
+            put(warp, lanes, ((value >> first) & ((np.uint64(1) << length) - np.uint64(1))).astype("u4"))
+
+        return run
+
+    def make_selp(self, suffixes, arguments):
+        dtype = TYPES[suffixes[-1]]
+        a, b = (self.value(text, dtype) for text in arguments[1:3])
+        which, put = self.value(arguments[3], TYPES["pred"]), self.setter(arguments[0])
+        return lambda warp, lanes: put(warp, lanes, np.where(which(warp), a(warp), b(warp)))
+
+    def make_setp(self, suffixes, arguments):
+        comparison, dtype = suffixes[0], TYPES[suffixes[-1]]
+        a, b = (self.value(text, dtype) for text in arguments[1:3])
+        put = self.setter(arguments[0])
+        with_nan = dtype.kind == "f" and comparison[-1] == "u"
+        compare = COMPARISONS[comparison[:-1] if with_nan else comparison]
+
+        def run(warp, lanes):
+            x, y = a(warp), b(warp)
+            result = compare(x, y)
+            if dtype.kind == "f":
+                unordered = np.isnan(x) | np.isnan(y)
+                result = result | unordered if with_nan else result & ~unordered
+            put(warp, lanes, result)
+
+        return run
+
+    def make_cvt(self, suffixes, arguments):
+        target, source = (TYPES[s] for s in suffixes[-2:])
+        rounding = ROUNDINGS.get(suffixes[0])
+        get, put = self.value(arguments[1], source), self.setter(arguments[0])
+
+        def run(warp, lanes):
+            x = get(warp)
+            if rounding:
+                x = rounding(x)
+            if source.kind == "f" and target.kind in "iu":
+                # out of range goes to the nearest, NaN to 0
+                limits = np.iinfo(target)
+                x = np.where(np.isnan(x), 0, np.clip(x.astype("f8"), float(limits.min), float(limits.max)))
+                x = np.where(x >= float(limits.max), limits.max, np.minimum(x, 2.0**62).astype("i8"))
+            put(warp, lanes, x.astype(target))
+
+        return run
+
+    def make_bra(self, suffixes, arguments):
+        return ("branch", arguments[0])
+
+    def make_ret(self, suffixes, arguments):
+        return ("exit", None)
+
+    def make_bar(self, suffixes, arguments):
+        return ("barrier", None)
+
+    def address(self, text, wide):
+        base, offset = re.match(r"\[\s*([\w%$.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
+        get, offset = self.value(base, TYPES["u64" if wide else "u32"]), int(offset or "0", 0)
+        return lambda warp, lanes: [int(a) + offset for a in get(warp)[lanes]]
+
+    def make_ld(self, suffixes, arguments):
+        if suffixes[0] == "param":
+            name, put = arguments[1].strip("[] "), self.setter(arguments[0])
+            return lambda warp, lanes: put(warp, lanes, np.full(WARP, warp.program.launch.arguments[name], "u8"))
+        if "nc" in suffixes or not {"global", "shared", "shared::cta"} & set(suffixes):
+            raise MachineError(f"a load of this kind is not covered by an acquire: ld.{'.'.join(suffixes)}")
+        dtype, targets = unsigned(TYPES[suffixes[-1]].itemsize), listed(arguments[0])
+        size, puts = dtype.itemsize, [self.setter(t) for t in targets]
+        address = self.address(arguments[1], "global" in suffixes)
+        read = "read_shared" if "global" not in suffixes else "read" if {"cg", "cv"} & set(suffixes) else "read_cached"
+
+        def run(warp, lanes):
+            starts = address(warp, lanes)
+            check_vector(starts, size * len(puts))
+            for i, put in enumerate(puts):
+                value = np.zeros(WARP, dtype)
+                value[lanes] = [getattr(warp, read)(a + i * size, size) for a in starts]
+                put(warp, lanes, value)
+
+        return run
+
+    def make_st(self, suffixes, arguments):
+        dtype, sources = unsigned(TYPES[suffixes[-1]].itemsize), listed(arguments[1])
+        size, gets = dtype.itemsize, [self.value(s, dtype) for s in sources]
+        address = self.address(arguments[0], "global" in suffixes)
+        write = "write" if "global" in suffixes else "write_shared"
+
+        def run(warp, lanes):
+            starts = address(warp, lanes)
+            check_vector(starts, size * len(gets))
+            for i, get in enumerate(gets):
+                for a, value in zip(starts, get(warp)[lanes].tolist(), strict=True):
+                    getattr(warp, write)(a + i * size, size, value)
+
+        return run
+
+    def make_atom(self, suffixes, arguments):
+        if "add" not in suffixes or suffixes[-1] != "u32":
+            raise MachineError(f"unknown atomic: {'.'.join(suffixes)}")
+        put, amount = self.setter(arguments[0]), self.value(arguments[2], TYPES["u32"])
+        is_global, orders = "global" in suffixes, "acq_rel" in suffixes
+        address = self.address(arguments[1], is_global)
+
+        def run(warp, lanes):
+            if orders:
+                warp.release()
+            before = np.zeros(WARP, "u4")
+            # lanes in any order, as the memory takes them
+            which = np.flatnonzero(lanes)
+            starts = dict(zip(which.tolist(), address(warp, lanes), strict=True))
+            warp.program.launch.rng.shuffle(which)
+            for lane in which.tolist():
+                place = warp.strong(starts[lane]) if is_global else warp.program.shared[starts[lane] : starts[lane] + 4]
+                before[lane] = place.view("u4")[0]
+                place.view("u4")[0] = (int(before[lane]) + int(amount(warp)[lane])) & 0xFFFFFFFF
+            if orders:
+                warp.acquire()
+            put(warp, lanes, before)
+
+        return run
+
+    def make_shfl(self, suffixes, arguments):
+        mode, put = suffixes[1], self.setter(arguments[0])
+        get, b, c = (self.value(a, TYPES["u32"]) for a in arguments[1:4])
+        lane = np.arange(WARP)
+
+        def run(warp, lanes):
+            x, step, clamp = get(warp), b(warp).astype(int), c(warp).astype(int)
+            segment = clamp >> 8 & 31
+            last, first = lane & segment | clamp & 31 & ~segment, lane & segment
+            if mode == "up":
+                other = lane - step
+                inside = other >= last
+            else:
+                other = {"bfly": lane ^ step, "down": lane + step, "idx": first | step & ~segment}[mode]
+                inside = other <= last
+            put(warp, lanes, x[np.where(inside, other, lane)])
+
+        return run
+
+    def make_redux(self, suffixes, arguments):
+        dtype, put = TYPES[suffixes[-1]], self.setter(arguments[0])
+        function, get = (
+            {"add": np.add, "min": np.minimum, "max": np.maximum}[suffixes[1]],
+            self.value(arguments[1], dtype),
+        )
+
+        def run(warp, lanes):
+            put(warp, lanes, np.full(WARP, function.reduce(get(warp), dtype=dtype), dtype))
+
+        return run
+
+    def make_ldmatrix(self, suffixes, arguments):
+        """Lane l gets the pair l % 4 of row l // 4 of each 8 x 8 matrix, whose rows' addresses eight lanes give."""
+        if "trans" in suffixes:
+            raise MachineError(f"unknown instruction: ldmatrix.{'.'.join(suffixes)}")
+        puts, address = [self.setter(t) for t in listed(arguments[0])], self.address(arguments[1], False)
+
+        def run(warp, lanes):
+            rows = address(warp, lanes)
+            for i, put in enumerate(puts):
+                check_vector(rows[8 * i : 8 * i + 8], 16)
+                pieces = [warp.program.shared[a : a + 16].view("u4") for a in rows[8 * i : 8 * i + 8]]
+                put(warp, lanes, np.concatenate(pieces))
+
+        return run
+
+
+def check_vector(addresses, size):
+    for a in addresses:
+        if a % size:
+            raise MachineError(f"{size} bytes at {a:#x} are not aligned")
+
+
+class Warp:
+    """32 threads: registers, a place in the code for each, and stores that nobody else has seen."""
+
+    def __init__(self, program, number):
+        self.program, self.registers, self.stores = program, {}, {}
+        self.at, self.alive, self.waits = np.zeros(WARP, int), np.ones(WARP, bool), False
+        self.special = {
+            "%tid.x": np.arange(WARP * number, WARP * (number + 1), dtype="u4"),
+            "%ctaid.x": np.full(WARP, program.number, "u4"),
+        }
+
+    def register(self, name, dtype):
+        found = self.registers.get(name)
+        if found is None:
+            found = self.registers[name] = np.zeros(WARP, dtype)
+        return found
+
+    @property
+    def can_run(self):
+        return not self.waits and self.alive.any()
+
+    def step(self):
+        """The next instruction of the lanes that are furthest behind and need not wait."""
+        launch = self.program.launch
+        for here in sorted(set(self.at[self.alive].tolist())):
+            lanes = self.alive & (self.at == here)
+            guard, run, together = launch.kernel.code[here]
+            if not together or (lanes == self.alive).all():
+                break
+        else:
+            raise MachineError(f"lanes of a warp that wait for each other, some of them at {launch.kernel.text[here]}")
+        self.at[lanes] = here + 1
+        if guard is not None:
+            lanes = lanes & guard(self)
+        if not lanes.any():
+            return
+        if not isinstance(run, tuple):
+            try:
+                run(self, lanes)
+            except MachineError as error:
+                raise MachineError(f"{error} in {launch.kernel.text[here]}") from None
+            return
+        what, label = run
+        if what == "branch":
+            self.at[lanes] = launch.kernel.labels[label]
+        elif what == "exit":
+            self.alive &= ~lanes
+        else:
+            self.waits = True
+
+    # memory
+
+    def strong(self, address):
+        """The memory itself; every first cache forgets what it has of it."""
+        for cache in self.program.launch.caches:
+            cache.pop(address // LINE, None)
+        return self.program.launch.memory.at(address, 4)
+
+    def pending(self, address, size):
+        for stores in (self.stores, self.program.stores):
+            if address in stores:
+                if stores[address][0] != size:
+                    raise MachineError(f"{size} bytes at {address:#x}, of which {stores[address][0]} were stored")
+                return stores[address][1]
+        return None
+
+    def read(self, address, size):
+        value = self.pending(address, size)
+        return int(self.program.launch.memory.at(address, size).view(unsigned(size))[0]) if value is None else value
+
+    def read_cached(self, address, size):
+        value = self.pending(address, size)
+        if value is not None:
+            return value
+        launch, cache = self.program.launch, self.program.cache
+        launch.memory.at(address, size)
+        if address // LINE not in cache:
+            cache[address // LINE] = launch.memory.line(address)
+        first, line = cache[address // LINE]
+        if not 0 <= address - first <= len(line) - size:
+            return self.read(address, size)
+        return int.from_bytes(line[address - first : address - first + size], "little")
+
+    def write(self, address, size, value):
+        self.program.launch.memory.at(address, size)
+        self.program.stores.pop(address, None)
+        self.stores[address] = (size, value)
+
+    def read_shared(self, address, size):
+        return int(self.program.shared[address : address + size].view(unsigned(size))[0])
+
+    def write_shared(self, address, size, value):
+        self.program.shared[address : address + size].view(unsigned(size))[0] = value
+
+    def release(self):
+        self.program.publish(self.stores)
+        self.program.publish(self.program.stores)
+
+    def acquire(self):
+        self.program.cache.clear()
+
+
+class Program:
+    """Warps with a shared memory, on one multiprocessor."""
+
+    def __init__(self, launch, number, shared):
+        self.launch, self.number, self.stores = launch, number, {}
+        self.shared, self.cache = np.full(shared, 0xCD, np.uint8), launch.rng.choice(launch.caches)
+        self.warps = [Warp(self, i) for i in range(launch.kernel.threads // WARP)]
+
+    def publish(self, stores):
+        """Put stores into memory, and into this multiprocessor's first cache where that has their line."""
+        for address, (size, value) in stores.items():
+            self.launch.memory.at(address, size).view(unsigned(size))[0] = value
+            if address // LINE in self.cache:
+                first, line = self.cache[address // LINE]
+                if 0 <= address - first <= len(line) - size:
+                    line[address - first : address - first + size] = value.to_bytes(size, "little")
+        stores.clear()
+
+    def open_barrier(self):
+        """Let the warps go on if all have come."""
+        if all(warp.waits or not warp.alive.any() for warp in self.warps):
+            for warp in self.warps:
+                self.stores.update(warp.stores)
+                warp.stores.clear()
+                warp.waits = False
+
+
+class Launch:
+    """One run of a kernel.
+
+    Args:
+        kernel: an `Assembler`.
+        arguments: tensors, in the order of the parameters.
+        tensors: all others that the kernel reaches by addresses in tables.
+        shared: bytes of shared memory.
+        resident: how many programs run at a time, on two multiprocessors.
+        seed: of their order.
+    """
+
+    def __init__(self, kernel, programs, arguments, tensors, shared, *, resident=4, seed=0, burst=12):
+        self.kernel, self.rng, self.memory, self.caches = kernel, random.Random(seed), Memory(), [{}, {}]
+        for tensor in (*arguments, *tensors):
+            self.memory.add(tensor)
+        addresses = [a.data_ptr() for a in arguments]
+        # the compiler's own scratch pointers come last and are not used
+        addresses += [0] * (len(kernel.parameters) - len(addresses))
+        self.arguments = dict(zip(kernel.parameters, addresses, strict=True))
+        self.shared, self.resident, self.burst = max(shared, 16), resident, burst
+        with np.errstate(all="ignore"):
+            self.run(programs)
+
+    def run(self, programs):
+        waiting = list(range(programs))
+        self.rng.shuffle(waiting)
+        running, over = [], []
+        while waiting or running:
+            while waiting and len(running) < self.resident:
+                running.append(Program(self, waiting.pop(), self.shared))
+            program = self.rng.choice(running)
+            able = [warp for warp in program.warps if warp.can_run]
+            if able:
+                warp = self.rng.choice(able)
+                for _ in range(self.rng.randint(1, self.burst)):
+                    if warp.can_run:
+                        warp.step()
+            program.open_barrier()
+            if not any(warp.alive.any() for warp in program.warps):
+                running.remove(program)
+                over.append(program)
+        self.rng.shuffle(over)
+        for program in over:
+            for warp in program.warps:
+                program.publish(warp.stores)
+            program.publish(program.stores)
