@@ -53,7 +53,8 @@ def mlp_with_few_inputs(depth: int, width: int, batch: int) -> Network:
     return mlp(depth, width, batch, inputs=64)
 
 
-def _convolutions(channels: int, size: int, batch: int) -> Network:
+def convolutions(channels: int, size: int, batch: int) -> Network:
+    """Three convolutions of 3 x 3 that keep `size` x `size` positions."""
     layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
     return chain(*layers, x=torch.randn(batch, channels, size, size), classes=2)
 
@@ -70,18 +71,18 @@ CASES = (
     *(Case("capture_", f"1 x {n}", n, mlp_with_few_inputs, (1, n, 256)) for n in WIDTHS),
     *(Case("capture_", "1 x 4096", 4096, mlp_with_few_inputs, (1, 4096, batch)) for batch in (1, 32, 4096)),
     *(Case("capture_", "1 x 4096", 4096, mlp_with_few_inputs, (1, 4096, 256), dtype) for dtype in _TYPES),
-    Case("capture_", "conv 64 @ 32 x 32", 64, _convolutions, (64, 32, 16)),
+    Case("capture_", "conv 64 @ 32 x 32", 64, convolutions, (64, 32, 16)),
     Case("capture_", "MLP 768-3072-768", 3072, _transformer_mlp, (768, 1024)),
     *(Case("select_", f"2 x {n}", n, mlp_with_few_inputs, (2, n, 32)) for n in WIDTHS),
     *(Case("select_", f"{depth} x 64", depth, mlp_with_few_inputs, (depth, 64, 32)) for depth in (1, 10, 100)),
     *(Case("select_", "2 x 4096", 4096, mlp_with_few_inputs, (2, 4096, 32), dtype) for dtype in _TYPES),
     *(Case("select_", "2 x 1024", 1024, mlp_with_few_inputs, (2, 1024, batch)) for batch in (1, 4096)),
-    Case("select_", "conv 256 @ 8 x 8", 256, _convolutions, (256, 8, 16)),
+    Case("select_", "conv 256 @ 8 x 8", 256, convolutions, (256, 8, 16)),
     Case("select_", "MLP 768-3072-768", 3072, _transformer_mlp, (768, 1024)),
     *(Case("reinit_", f"2 x {n}", n, mlp_with_few_inputs, (2, n, 1)) for n in (64, 1024, 4096)),
     Case("reinit_", "2 x 4096", 4096, mlp_with_few_inputs, (2, 4096, 1), chosen=41),
     Case("reinit_", "2 x 4096", 4096, mlp_with_few_inputs, (2, 4096, 1), torch.bfloat16),
-    Case("reinit_", "conv 256 @ 8 x 8", 256, _convolutions, (256, 8, 1)),
+    Case("reinit_", "conv 256 @ 8 x 8", 256, convolutions, (256, 8, 1)),
 )
 _ROUNDS = 200
 
@@ -119,7 +120,7 @@ def _cases(options: Options) -> list[Case]:
     return [
         case
         for case in CASES
-        if (not options.cases or case.name in options.cases) and not (dense and case.make is _convolutions)
+        if (not options.cases or case.name in options.cases) and not (dense and case.make is convolutions)
     ]
 
 
