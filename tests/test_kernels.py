@@ -845,6 +845,30 @@ def test_a_compiled_step_runs_where_room_for_an_eighth_of_a_weight_is_left():
     assert len(cbp.last_replaced["0"]) == 4
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_in_two_halves_is_the_step(rule, backend, everything):
+    results = []
+    for halves in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+        options = {"replacement_rate": 0.2, "maturity_threshold": 2, "backend": backend, "seed": 3}
+        cbp = ContinualBackprop(model, rule=RULES[rule], **options)
+        engine = cbp._engine
+        for _ in range(8):
+            model(torch.randn(7, 12))
+            if not halves:
+                cbp.step()
+                continue
+            slots, held = engine._intact()
+            engine._functions.sum_(engine.state, [ref.get() for ref in engine.state.weights], held, slots)
+            assert engine._functions.choose_(engine.state) == int(engine.state.num_chosen.sum())
+            engine.reinit(*engine.collect([]))
+            engine.finish()
+        assert sum(cbp.num_replaced.values()) > 4
+        results.append(everything(model, cbp))
+    assert results[0] == results[1]
+
+
 # the operators themselves
 
 
@@ -877,6 +901,10 @@ BAD_CALLS = {
     "h without axes": lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(()), 0),
     "slot beyond": lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(1, 5), 2),
     "slot before": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 5)], [-1]),
+    "short sums": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat[:-1], w, [], []),
+    "sums of another type": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.float()),
+    "sums with gaps": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.repeat_interleave(2)[::2]),
+    "too few weights to sum": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat, w[:-1], [], []),
     "region beyond": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [2 * len(s.regions)]),
     "region before": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [-1]),
     "too few tensors": lambda s, w: ops.reinit_(s.buffer, s.plan, [], [0]),

@@ -131,6 +131,7 @@ def attach(model, optimizer, run):
         backend=run.backend,
         seed=run.seed,
         capture=run.capture,
+        example_inputs=torch.zeros(2, IN),
     )
 
 
