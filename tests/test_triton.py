@@ -43,7 +43,7 @@ def check_on_triton(case):
     check_step_on_whole_numbers(case, "triton")
 
 
-test_step_on_whole_numbers = settings(max_examples=20)(given(served)(check_on_triton))
+test_step_on_whole_numbers = settings(max_examples=15)(given(served)(check_on_triton))
 test_many_steps_on_whole_numbers = pytest.mark.slow(settings(max_examples=600)(given(served)(check_on_triton)))
 
 
@@ -122,8 +122,12 @@ def test_training_is_that_of_the_compiled_backend(rule, capture):
     assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float64,), DTYPES], ids=["bf16", "f64", "mixed"])
-@pytest.mark.parametrize("rule", ["nature", "clarena"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [*(pytest.param((t,), marks=pytest.mark.slow) for t in (torch.bfloat16, torch.float64)), DTYPES],
+    ids=["bf16", "f64", "mixed"],
+)
+@pytest.mark.parametrize("rule", ["nature", pytest.param("clarena", marks=pytest.mark.slow)])
 def test_training_in_other_types(rule, dtypes):
     runs = [
         train(b, SERVED[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0)
@@ -146,7 +150,9 @@ def engine_of(groups, rule=None, **options):
     return ContinualBackprop(model, rule=rule or Rule.nature(), groups=units, **options)
 
 
-@pytest.mark.parametrize("units", [1, 127, 128, 129, 255, 256, 257, 600])
+@pytest.mark.parametrize(
+    "units", [1, 129, *(pytest.param(n, marks=pytest.mark.slow) for n in (127, 128, 255, 256, 257))]
+)
 def test_units_round_the_size_of_a_block(units):
     """The k least of many, at and round the sizes where a kernel takes one more block."""
     results = []
@@ -163,8 +169,15 @@ def test_units_round_the_size_of_a_block(units):
     assert len(results[0][0]) == units // 2
 
 
-@pytest.mark.parametrize("rate", [3 / 600, 8 / 600, 9 / 600, 257 / 600, 1.0])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("rate", "tied"),
+    [
+        (8 / 600, True),
+        (257 / 600, True),
+        *(pytest.param(rate, False, marks=pytest.mark.slow) for rate in (3 / 600, 8 / 600, 9 / 600, 257 / 600, 1.0)),
+        *(pytest.param(rate, True, marks=pytest.mark.slow) for rate in (9 / 600, 1.0)),
+    ],
+)
 def test_choice_is_a_stable_sort(rate, tied):
     """Few are chosen one by one, many by radix; of equals the lower index, -0 as +0, and never what is not finite."""
     units = 600
@@ -234,7 +247,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "flattened", "by position"])
-@pytest.mark.parametrize("rule", ["nature", "adaptation"])
+@pytest.mark.parametrize("rule", ["nature", pytest.param("adaptation", marks=pytest.mark.slow)])
 def test_any_memory_layout(kind, view, rule):
     """Sums of whole numbers have the reference's bits, wherever the numbers lie."""
     results = []
@@ -348,7 +361,7 @@ class Interleaved:
         return call
 
 
-@pytest.mark.parametrize("change", [0.0, 0.3], ids=["shuffled", "interleaved"])
+@pytest.mark.parametrize("change", [pytest.param(0.0, marks=pytest.mark.slow), 0.3], ids=["shuffled", "interleaved"])
 def test_any_order_of_programs_gives_the_same_bits(change, monkeypatch):
     """Sums that round, several groups, splits: partial sums are combined in one order, whoever comes last."""
 
