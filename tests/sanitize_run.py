@@ -61,6 +61,7 @@ class Shape:
         axes = rng.choice((0, 1)) if axes else rng.choice((0, 1, 2))
         self.batch = [rng.choice((1, 2, 4, 16, 0)) for _ in range(axes)]
         self.capture = rng.choice(("inline", "deferred"))
+        self.halves = self.units % 2 == 1
         self.hyper = {
             "replacement_rate": rng.choice((0.0, 0.1, 0.5, 1.0)),
             "maturity_threshold": rng.choice((0, 1)),
@@ -88,6 +89,16 @@ def whole(generator, shape):
     return torch.randint(-4, 5, tuple(shape), generator=generator)
 
 
+def select(engine, halves):
+    """A step up to the choice; in the two halves that several processes do it in, or at once."""
+    if not halves:
+        return engine.select()
+    weights = [ref.get() for ref in engine.state.weights]
+    slots, held = engine._intact()
+    engine._functions.sum_(engine.state, weights, held, slots)
+    return engine._functions.choose_(engine.state)
+
+
 def run_group(rng, steps):
     shape, seed = Shape(rng), rng.randrange(2**31)
     ends = []
@@ -109,7 +120,7 @@ def run_group(rng, steps):
                 h = whole(generator, (*shape.batch, shape.units * shape.columns, *shape.positions))
                 h = h.to(shape.activations)
                 engine.record(slot, strewn(rng, h) if backend == "cpp" and h.numel() else h)
-            if engine.select():
+            if select(engine, shape.halves and backend == "cpp"):
                 engine.reinit(*engine.collect([optimizer]))
             engine.finish()
             (chosen,) = engine.state.num_chosen.tolist()
