@@ -391,7 +391,7 @@ def test_an_aborted_launch_does_not_poison_the_next(monkeypatch):
     for abort in (False, True):
         torch.manual_seed(0)
         layers = [nn.Linear(5, 140), nn.Linear(140, 300)]
-        cbp = engine_of([([layers[0]], [layers[1]])], backend="triton")
+        cbp = engine_of([([layers[0]], [layers[1]])], backend="triton", replacement_rate=0.04)
         cbp._engine.record(0, torch.randn(400, 140))
         if abort:
             stopped = triton_kernels.launch
