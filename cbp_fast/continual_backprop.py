@@ -319,7 +319,8 @@ class ContinualBackprop(Joinable):
                 )
         if not self._heard:
             self._heard = True
-            if not self._engine.has_data:
+            # of several processes one may be without data
+            if self._engine.processes is None and not self._engine.has_data:
                 warnings.warn(
                     "no training forward of the model was seen before the first step of continual backprop, which "
                     "changes nothing; if the model is compiled, attach before its first compiled call, with "

@@ -11,10 +11,12 @@
 #define CBP_INLINE inline __attribute__((always_inline))
 #define CBP_LAMBDA_INLINE __attribute__((always_inline))
 #define CBP_HIDDEN __attribute__((visibility("hidden")))
+#define CBP_PREFETCH(address) __builtin_prefetch(address, 1)
 #else
 #define CBP_INLINE inline
 #define CBP_LAMBDA_INLINE
 #define CBP_HIDDEN
+#define CBP_PREFETCH(address)
 #endif
 
 namespace cbp {

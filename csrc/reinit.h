@@ -83,20 +83,26 @@ inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n
   }
 }
 
-// The chosen units' columns of a matrix. Every element lies in a page of its own, so all units' are set for some rows
-// before the next rows, and nothing stands between two stores, of which many are then under way at a time.
+// The chosen units' columns of a matrix, row by row for all of them: rows are pages apart, and what will be written
+// some rows on is fetched already.
 template <typename T>
 void fill_columns(const Region& region, const Target& t, const int32_t* chosen, int64_t n, T fill) {
-  constexpr int64_t ROWS = 32;
-  for (int64_t row = 0; row < t.size[0]; row += ROWS) {
-    const int64_t rows = std::min(ROWS, t.size[0] - row);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t p = 0; p < region.block.per_unit; ++p) {
-        const int64_t column = region.block.index(chosen[i], p) - t.first[1];
-        if (column < 0 || column >= t.size[1]) continue;
-        T* out = static_cast<T*>(t.data) + row * t.stride[0] + column * t.stride[1];
-        for (int64_t r = 0; r < rows; ++r) out[r * t.stride[0]] = fill;
-      }
+  constexpr int64_t AHEAD = 16;
+  std::vector<int64_t> columns;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t p = 0; p < region.block.per_unit; ++p) {
+      const int64_t column = region.block.index(chosen[i], p) - t.first[1];
+      if (column >= 0 && column < t.size[1]) columns.push_back(column * t.stride[1]);
+    }
+  std::sort(columns.begin(), columns.end());
+  T* data = static_cast<T*>(t.data);
+  for (int64_t r = 0; r < t.size[0]; ++r) {
+    T* row = data + r * t.stride[0];
+    const T* later = data + std::min(r + AHEAD, t.size[0] - 1) * t.stride[0];
+    for (const int64_t column : columns) {
+      CBP_PREFETCH(later + column);
+      row[column] = fill;
+    }
   }
 }
 
