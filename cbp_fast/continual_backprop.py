@@ -91,6 +91,7 @@ class _Awaited:
     backend = "not chosen before the first training forward"
     has_data = False
     held_bytes = 0
+    why_not_triton = None
     processes = None
 
     def __init__(self, hyper: dict[str, float], capture: str) -> None:
@@ -218,9 +219,12 @@ class ContinualBackprop(Joinable):
                 raise
             self._engine = cast(Engine, _Awaited(hyper, capture))
             self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
+        self._heard = False
+        self._follow_optimizers()
+
+    def _follow_optimizers(self) -> None:
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
         self._waiting, self._stepped = set(range(len(self._optimizers))), False
-        self._heard = False
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
 
     def _resolve(self) -> list[ResolvedGroup]:
@@ -272,31 +276,46 @@ class ContinualBackprop(Joinable):
         finally:
             self._given = given
 
-    def refresh(self, *, groups: UnitGroup | Sequence[UnitGroup] | None = None, example_inputs: Any = None) -> None:
-        """Follow a model that was changed: a head was added, a layer replaced.
+    def refresh(
+        self,
+        *,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        groups: UnitGroup | Sequence[UnitGroup] | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        """Follow a model that was changed (a head was added, a layer replaced or frozen), or a new optimizer.
 
         The groups are found anew. Those of the same name and number of units keep their utilities, ages and totals;
         the others start afresh. Forwards since the last step are forgotten.
 
         Args:
-            groups, example_inputs: as at attaching; None: what was given there, or here the last time.
+            optimizer, groups, example_inputs: as at attaching; None: what was given there, or here the last time.
 
         Raises:
             ValueError, TypeError: as at attaching. Nothing has changed then.
             RuntimeError: after `remove()`.
         """
         self._check_attached()
-        before = self._given
+        before, optimizers = self._given, self._optimizers
         self._given = (before[0] if groups is None else groups, before[1] if example_inputs is None else example_inputs)
         old, hooks = self._engine, self._hooks
         try:
+            if optimizer is not None:
+                self._optimizers = _optimizers(optimizer)
             self._attach(self._resolve(), **old.hyper, capture=old.capture)
         except Exception:
-            self._given = before
+            self._given, self._optimizers = before, optimizers
             raise
+        if self._optimizers is not optimizers:
+            for handle in self._optimizer_hooks:
+                handle.remove()
+            self._follow_optimizers()
         for handle in hooks:
             handle.remove()
-        self._engine.adopt(old)
+        if not isinstance(old, _Awaited):
+            self._engine.adopt(old)
+        elif old.kept is not None:
+            self._engine.load_state_dict(old.kept)
         self._engine.enabled = old.enabled
         old.enabled = False
 
@@ -448,7 +467,7 @@ class ContinualBackprop(Joinable):
 
     @property
     def last_replaced(self) -> dict[str, Tensor]:
-        """Units of each group replaced in the last step, least utility first: int64 [k]."""
+        """Units of each group replaced in the last step that was one, least utility first: int64 [k]."""
         state = self._engine.state
         return {
             layout.name: state.chosen[layout.units][:n].long()
@@ -483,7 +502,8 @@ class ContinualBackprop(Joinable):
         hyper = ", ".join(f"{name}={value:g}" for name, value in engine.hyper.items())
         held = f" holding {engine.held_bytes} bytes" if engine.held_bytes else ""
         capture = f"capture={engine.capture}{held}"
-        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}, {capture})"
+        why = f" (triton {engine.why_not_triton})" if engine.why_not_triton else ""
+        head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}{why}, {capture})"
         if isinstance(engine, _Awaited):
             rows = [("the unit groups are found in the first training forward",)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .distributed import Processes
 from .dtensors import is_dtensor, local, local_activations
-from .ops import backend_for, module_of
+from .ops import backend_for, module_of, why_not_triton
 from .optimizer_state import slots_of
 from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
@@ -118,6 +118,14 @@ class Engine:
         check_hyper(values)
         self._hyper.update(values)
         self.state.set_hyper(**self._hyper)
+
+    @property
+    def why_not_triton(self) -> str | None:
+        """On a GPU, why the reference runs that nobody asked for."""
+        device = self.state.buffer.device
+        if device.type == "cpu" or self._wanted is not None or self.backend == "triton":
+            return None
+        return why_not_triton(self.state.rule, device, self.processes is not None)
 
     @property
     def has_data(self) -> bool:
@@ -353,6 +361,11 @@ class Engine:
             raise RuntimeError(
                 f"{ref.name} became a {type(tensor).__name__} after continual backprop was attached; first fully_shard "
                 "or parallelize_module the model, then make the optimizer, then attach"
+            )
+        if ref.is_parameter and not tensor.requires_grad:
+            raise RuntimeError(
+                f"{of}{ref.name} was frozen (requires_grad is False) after continual backprop was attached; "
+                + ("take the layer out" if self.layer else "call refresh(), or exclude= its group")
             )
         for what, now, then in (("shape", tensor.shape, ref.shape), ("dtype", tensor.dtype, ref.dtype)):
             if now != then:

@@ -38,6 +38,15 @@ def module_of(backend: str) -> ModuleType:
     return cpp if backend == "cpp" else reference
 
 
+def why_not_triton(rule: Rule, device: torch.device, several: bool) -> str | None:
+    """Why the Triton backend cannot serve a rule on a device, in `several` processes or one; None if it can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"serves CUDA and ROCm devices and the model is on {device}"
+    if find_spec("triton") is None:
+        return "is not installed"
+    return module_of("triton").why_not(rule, device, several)
+
+
 def backend_for(device: torch.device, name: str | None, rule: Rule, several: bool = False) -> str:
     """The backend asked for, or the fastest one for a device and a rule.
 
@@ -51,8 +60,7 @@ def backend_for(device: torch.device, name: str | None, rule: Rule, several: boo
     if name is None:
         if device.type == "cpu":
             return "cpp"
-        found = device.type == "cuda" and find_spec("triton") is not None
-        return "triton" if found and module_of("triton").why_not(rule, device, several) is None else "reference"
+        return "reference" if why_not_triton(rule, device, several) else "triton"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, must be one of {', '.join(BACKENDS)}, or None for the fastest")
     if name == "cpp" and device.type != "cpu":
@@ -60,7 +68,7 @@ def backend_for(device: torch.device, name: str | None, rule: Rule, several: boo
     if name == "triton":
         if find_spec("triton") is None:
             raise ModuleNotFoundError("backend 'triton' needs Triton: pip install triton, or leave backend=None")
-        why = module_of("triton").why_not(rule, device, several)
+        why = why_not_triton(rule, device, several)
         if why is not None:
             raise ValueError(f"backend 'triton' {why}; leave backend=None")
     return name

@@ -243,6 +243,32 @@ def test_a_compiled_model_is_refused():
             ContinualBackprop(model)
 
 
+def test_refresh_follows_a_new_optimizer(attached):
+    model, _, cbp, stream = attached
+    ages = cbp.age["0"].clone()
+    stream.optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    stream.train(1)
+    assert torch.equal(cbp.age["0"], ages)
+    cbp.refresh(optimizer=stream.optimizer)
+    stream.train(6)
+    assert cbp.age["0"].max() == ages.max() + 6
+    units = cbp.last_replaced["0"]
+    assert len(units)
+    assert not stream.optimizer.state[model[0].weight]["exp_avg"][units].any()
+
+
+def test_a_layer_frozen_later_is_named(attached, everything):
+    model, _, cbp, stream = attached
+    model[5].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"5\.weight was frozen .* call refresh\(\), or exclude= its group"):
+        stream.train(30)
+    before = everything(model, cbp)
+    cbp.refresh()
+    assert list(cbp.age) == ["0"]
+    assert before.keys() != everything(model, cbp).keys()
+    stream.train(10)
+
+
 def test_looking_at_a_model_is_no_forward(backend, everything):
     """Discovery, and the check by changing weights, run a model that is attached already."""
     model = mlp()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from .. import _C, __version__
+from ..ops import why_not_triton
+from ..rules import Rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +32,17 @@ def run(args: argparse.Namespace) -> int:
         + (f", not {', '.join(rest)}" if rest else ""),
         "backend cpp": "available, for tensors on the CPU",
         "backend reference": "available, for every device",
-        "backend triton": "not available: not part of this version; on a GPU the reference runs",
+        "backend triton": _triton(),
     }.items():
         print(f"{name:18} {value}")
     return 0
+
+
+def _triton() -> str:
+    """Whether the Triton backend can run, or why not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why = why_not_triton(Rule.nature(), device, several=False)
+    return f"not available: Triton {why}" if why else f"available, with Triton {version('triton')}"
 
 
 def versions() -> dict[str, str]:
