@@ -601,13 +601,16 @@ def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: Cont
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, _Recorder) and hook.engine is not None
     }
+    # those of the layers that do the same
+    engines |= {e for module in model.modules() if isinstance(e := getattr(module, "_engine", None), Engine)}
     for engine in engines - ({own._engine} if own else set()):
         theirs = [replace(group, name=f"{group.name} ") for group in engine.groups]
         try:
             check_disjoint([*theirs, *groups])
         except ValueError as error:
             raise ValueError(
-                f"the model has a ContinualBackprop attached already ({error}); call its remove() first"
+                f"the model has continual backprop attached already ({error}); call its remove() first, or take the "
+                "layer out"
             ) from None
 
 

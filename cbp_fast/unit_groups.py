@@ -168,21 +168,21 @@ def check_disjoint(groups: Iterable[ResolvedGroup]) -> None:
         ValueError: If not; the message names the layer and both groups.
     """
     names: set[str] = set()
-    owners: dict[tuple[str, str], list[tuple[ResolvedGroup, Block]]] = defaultdict(list)
+    owners: dict[tuple[str, nn.Module], list[tuple[ResolvedGroup, Block]]] = defaultdict(list)
     for group in groups:
         if group.name in names:
             raise ValueError(f"two unit groups are called '{group.name}'")
         names.add(group.name)
         for role in ("incoming", "outgoing", "norms"):
-            for layer, _, block in getattr(group, role):
-                for other, theirs in owners[role, layer]:
+            for layer, module, block in getattr(group, role):
+                for other, theirs in owners[role, module]:
                     if not set(block.indices(group.num_units)).isdisjoint(theirs.indices(other.num_units)):
                         raise ValueError(
                             f"'{layer}' is in `{role}` of two unit groups, '{other.name}' and '{group.name}'"
                             if other is not group
                             else f"'{layer}' is named twice in `{role}` of unit group '{group.name}' for the same units"
                         )
-                owners[role, layer].append((group, block))
+                owners[role, module].append((group, block))
 
 
 def check_model(model: nn.Module) -> None:

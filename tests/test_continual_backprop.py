@@ -278,7 +278,6 @@ def test_looking_at_a_model_is_no_forward(backend, everything):
     before = everything(cbp), everything(model)
     example = torch.randn(4, 6)
     (group,) = cbp_fast.find_unit_groups(model, example, verify=True)[:1]
-    ContinualBackprop(model, include="2", example_inputs=example).remove()
     cbp.refresh(example_inputs=example)
     assert (everything(cbp), everything(model)) == before
     assert not layer._engine.has_data

@@ -408,3 +408,10 @@ def test_layers_of_another_kind_are_refused(make, message):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_units_of_a_layer_are_not_attached_again():
+    fc1, fc2 = nn.Linear(5, 8), nn.Linear(8, 3)
+    model = nn.Sequential(fc1, nn.ReLU(), CBPLinear(fc1, fc2), fc2)
+    with pytest.raises(ValueError, match=r"continual backprop attached already .*take the layer out"):
+        ContinualBackprop(model)
