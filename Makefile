@@ -66,7 +66,8 @@ test-triton38: .venv/built
 	$(PYTHON) -m venv .venv38
 	echo "$(CURDIR)/$$(echo .venv/lib/python3*/site-packages)" > $$(echo .venv38/lib/python3*/site-packages)/base.pth
 	.venv38/bin/pip install --quiet --no-deps triton==3.8.0
-	PYTHONPATH="$(CURDIR)" .venv38/bin/python -m pytest -m "not gpu" tests/test_triton.py tests/test_triton_compile.py $(ARGS)
+	PYTHONPATH="$(CURDIR)" .venv38/bin/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" \
+		tests/test_triton.py tests/test_triton_compile.py $(ARGS)
 
 # one process: the tests share the device
 gpu: .venv/built
@@ -142,5 +143,5 @@ $(BIN)/python:
 	@touch $@
 
 .venv/built: .venv/tools setup.py $(CSRC)
-	$(BIN)/pip install --quiet --constraint .venv/torch.txt --no-build-isolation --editable ".[bench,demo,test]"
+	$(BIN)/pip install --quiet --constraint .venv/torch.txt --no-build-isolation --editable ".[bench,demo,models]"
 	@touch $@

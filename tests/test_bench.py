@@ -244,7 +244,6 @@ def test_bench_says_what_is_wrong(options, message, capsys):
 
 
 def test_the_picture_of_shares_takes_the_best_allocator(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = [
         timing.row("training", "net", f"CBP, {allocator}", "cpp", [1e-3], share=share)
         for allocator, share in (("stock", 0.5), ("tuned", 0.25))

@@ -1137,7 +1137,8 @@ def test_discovery_of_large_networks_is_fast():
 
 @pytest.mark.slow
 def test_groups_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers  # takes seconds
+
     config = transformers.GPT2Config(vocab_size=17, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(config).double()
     inputs = {"input_ids": TOKENS, "use_cache": False}
@@ -1172,8 +1173,9 @@ def test_groups_of_transformers():
 
 @pytest.mark.slow
 def test_groups_of_a_policy_of_stable_baselines():
-    policies = pytest.importorskip("stable_baselines3.common.policies")
-    spaces = pytest.importorskip("gymnasium.spaces")
+    from gymnasium import spaces
+    from stable_baselines3.common import policies
+
     box = spaces.Box(-1, 1, (5,))
     model = policies.ActorCriticPolicy(box, box, lambda _: 1e-3, net_arch=[6, 4])
     groups = find_unit_groups(model, (ROWS,))

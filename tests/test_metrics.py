@@ -270,7 +270,6 @@ def test_a_writer_gets_every_measurement():
 
 
 def test_the_history_is_plain_and_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
     model, optimizer, cbp = attached()
     monitor = Monitor(cbp, every=2)
     train(model, optimizer, monitor, 6)
