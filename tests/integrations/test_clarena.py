@@ -314,14 +314,16 @@ class Shortcut(CLResNet18):
 
 
 class Dependent(CLBackbone):
-    """Its path depends on the values of its input."""
+    """It runs on no input that could be guessed."""
 
     def __init__(self):
         super().__init__(10)
         self.fc, self.weighted_layer_names = nn.Linear(16, 10), ["fc"]
 
     def forward(self, input, stage=None, task_id=None):
-        x = self.fc(input if input.sum() > 0 else -input).relu()
+        if not input.any():
+            raise ValueError("nothing to see")
+        x = self.fc(input).relu()
         return x, {"fc": x}
 
 
