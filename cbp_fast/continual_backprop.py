@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .discovery import NeedsInputs, explain, find_unit_groups
-from .distributed import Joinable, join_hook_of, join_processes, notify_join, unwrapped
+from .distributed import Joinable, join_hook_of, join_processes, notify_join, several_processes, unwrapped
 from .dtensors import is_dtensor
 from .engine import Engine, check_hyper, check_options, is_observed, step_together
 from .optimizer_state import inside_step, skipped
@@ -226,6 +226,8 @@ class ContinualBackprop(Joinable):
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
         self._waiting, self._stepped = set(range(len(self._optimizers))), False
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+        if several_processes():
+            self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
 
     def _resolve(self) -> list[ResolvedGroup]:
         """The groups, given or found in the model as it is, after all checks."""
@@ -348,13 +350,21 @@ class ContinualBackprop(Joinable):
                 )
         if isinstance(self._engine, _Awaited):
             return
-        if self._engine.processes is not None:
+        if self._engine.processes is not None and not self._engine.begun:
             notify_join(self)
         step_together([self._engine], self._optimizers)
 
     def _check_attached(self) -> None:
         if not self._hooks:
             raise RuntimeError("this ContinualBackprop was removed from its model; attach a new one")
+
+    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # a closure has forwards of its own, and of several optimizers the others may be followed by some
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        last = all(self._optimizers[i] is optimizer for i in self._waiting)
+        if closure is None and last and self._hooks and self.enabled and self._engine.processes is not None:
+            notify_join(self)
+            self._engine.begin()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
@@ -635,6 +645,11 @@ def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
+    if any(getattr(o, "_overlap_with_ddp", False) for o in optimizers):
+        raise ValueError(
+            "ZeroRedundancyOptimizer with overlap_with_ddp=True steps within the backward pass, where continual "
+            "backprop cannot follow it; leave overlap_with_ddp=False"
+        )
     known = {id(p) for o in optimizers for param_group in o.param_groups for p in param_group["params"]}
     for group in groups if optimizers else ():
         for name, module, _ in (*group.incoming, *group.outgoing):

@@ -47,9 +47,9 @@ def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots:
     _sum(state.buffer, state.plan, state.flat, weights, held, slots)
 
 
-def choose_(state: State) -> int:
+def choose_(state: State, weights: Sequence[Tensor]) -> int:
     """See `reference.choose_`."""
-    return _choose(state.buffer, state.plan, state.flat)
+    return _choose(state.buffer, state.plan, state.flat, weights)
 
 
 def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:

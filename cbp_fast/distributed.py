@@ -65,9 +65,9 @@ class Processes:
         dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
-    def reduce_(self, flat: Tensor) -> None:
-        """Add up what all processes have; every one gets the same bits."""
-        dist.all_reduce(flat, group=self.group)
+    def reduce_(self, flat: Tensor) -> dist.Work:
+        """Begin to add up what all processes have; every one gets the same bits, when the result is waited for."""
+        return dist.all_reduce(flat, group=self.group, async_op=True)
 
 
 def several_processes() -> bool:
@@ -221,7 +221,7 @@ if dist.is_available():
             self.processes, self.state = processes, state
 
         def main_hook(self) -> None:
-            self.processes.reduce_(torch.zeros_like(self.state.flat[: self.state.reduced]))
+            self.processes.reduce_(torch.zeros_like(self.state.flat[: self.state.reduced])).wait()
 
         def post_hook(self, is_last_joiner: bool) -> None:
             group, buffer = self.processes.group, self.state.buffer

@@ -87,6 +87,8 @@ class Engine:
         self.backend = backend_for(device, backend, rule, processes is not None)
         self.groups = list(groups)
         self.processes = processes
+        # of all processes, under way
+        self._sums: Any = None
         self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
         if processes is not None and self.state.deviations:
             # copies of the model may only be made equal after this
@@ -133,12 +135,18 @@ class Engine:
         return bool(self._held) or bool(self.state.count.any())
 
     @property
+    def begun(self) -> bool:
+        """Whether the processes are adding up what they saw."""
+        return self._sums is not None
+
+    @property
     def held_bytes(self) -> int:
         """Activations held until the next step."""
         return self._held_bytes
 
     def forget_forwards(self) -> None:
         """Drop what forwards since the last step have left."""
+        self._await_sums()
         self.finish()
         self.state.forget_forwards()
 
@@ -186,13 +194,31 @@ class Engine:
                 weights = [local(w) for w in weights]
             if self.processes is None:
                 return self._functions.select_(state, weights, held, slots)
-            self._functions.sum_(state, weights, held, slots)
-            self.processes.reduce_(state.flat[: state.reduced])
-            return self._functions.choose_(state)
+            if self._sums is None:
+                self._add_up(weights if state.splits_sums else [], held, slots)
+            self._await_sums()
+            return self._functions.choose_(state, [] if state.splits_sums else weights)
         except Exception:
             # the same complaint with the name of the tensor
             self._check_tensors()
             raise
+
+    def begin(self) -> None:
+        """Let the processes add up what they saw while the optimizer works, where no weight is needed for that."""
+        self._await_sums()
+        if not self.state.splits_sums:
+            slots, held = self._take_held()
+            self._add_up([], held, slots)
+
+    def _add_up(self, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+        assert self.processes is not None
+        self._functions.sum_(self.state, weights, held, slots)
+        self._sums = self.processes.reduce_(self.state.flat[: self.state.reduced])
+
+    def _await_sums(self) -> None:
+        sums, self._sums = self._sums, None
+        if sums is not None:
+            sums.wait()
 
     def collect(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
         """Regions of the chosen units and their tensors, with their entries in the optimizers' state.

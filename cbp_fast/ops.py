@@ -16,7 +16,7 @@ _library.define("select_(Tensor(a!) state, Tensor plan, Tensor[] weights, Tensor
 _library.define(
     "sum_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights, Tensor[] activations, int[] slots) -> ()"
 )
-_library.define("choose_(Tensor(a!) state, Tensor plan, Tensor flat) -> int")
+_library.define("choose_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights) -> int")
 _library.define("reinit_(Tensor(a!) state, Tensor plan, Tensor(b!)[] tensors, int[] regions) -> ()")
 for _name in ("capture_", "select_", "sum_", "choose_", "reinit_"):
     # nothing here has a gradient: without a kernel of its own, autograd would look at every argument of every call

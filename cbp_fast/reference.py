@@ -215,7 +215,8 @@ def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots:
     """Put into `state.flat` what this process adds to a step: samples, activations, magnitudes of weights.
 
     Args:
-        weights: this process's parts of the tensors of `state.weights`; read only.
+        weights: this process's parts of the tensors of `state.weights`, read only; none where all are whole in every
+            process, and can be left to `choose_`.
         held: activations not captured yet, in the order of the forwards.
         slots: the slot of each.
     """
@@ -229,7 +230,13 @@ def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots:
         for total, mine in zip(totals, (state.activation, state.feature), strict=False):
             if slot.adds:
                 total[slot.columns] = mine[slot.columns]
-    for i, (w, ref, module) in enumerate(zip(weights, state.weights, state.modules, strict=True)):
+    _sum_weights(state, weights)
+
+
+def _sum_weights(state: State, weights: Sequence[Tensor]) -> None:
+    """Magnitudes of weights into `state.flat`, if any are given."""
+    refs = zip(weights, state.weights, state.modules, strict=True) if weights else ()
+    for i, (w, ref, module) in enumerate(refs):
         axis, first = out_axis(module), ref.place.first
         groups_here, group = conv_groups_here(ref, getattr(module, "groups", 1))
         if state.reads_outputs[i] and ref.place.adds:
@@ -246,12 +253,17 @@ def _totals(state: State) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def choose_(state: State) -> int:
-    """Utility, age and choice, from `state.flat`; returns as `select_`."""
+def choose_(state: State, weights: Sequence[Tensor]) -> int:
+    """Utility, age and choice, from `state.flat`; returns as `select_`.
+
+    Args:
+        weights: what `sum_` was not given; read only.
+    """
     for mine, total in zip((state.count, state.activation, state.feature), _totals(state), strict=True):
         mine.copy_(total)
     if state.buffer.is_cpu and not state.count.any():
         return 0
+    _sum_weights(state, weights)
     choose_groups_(state)
     return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
 
@@ -286,8 +298,8 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
     Returns:
         How many units were chosen; on an accelerator -1, since it is not read back.
     """
-    sum_(state, weights, held, slots)
-    return choose_(state)
+    sum_(state, [], held, slots)
+    return choose_(state, weights)
 
 
 def indices_of(region: Region, units: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ class State:
     What a step sums stands in one tensor more, `flat`: float64 [count of each slot, activation, feature, then sums of
     magnitudes by output and by input of every weight that the rule reads]. `outputs` and `inputs` say where those are.
     Its first `reduced` entries must be added up over several processes: all but sums of weights that each has whole.
+    `splits_sums`: whether sums of weights are among them.
 
     Raises:
         ValueError: two weights of the model have the same Philox tensor id.
@@ -256,7 +257,8 @@ class State:
                 if self.reads_inputs[i]:
                     self.inputs[i] = slice(at, at + read_width(module))
                     at = self.inputs[i].stop
-            self.reduced = at if split else self.reduced
+            if split:
+                self.splits_sums, self.reduced = at > self.reduced, at
         self._flat_size = at
 
     def _place(self, groups: Sequence[ResolvedGroup]) -> None:

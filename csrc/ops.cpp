@@ -389,17 +389,19 @@ void choose_all(const Plan& plan, const Fields& f, const double* flat, const std
   });
 }
 
-// What a step reads; everything that can be wrong with it is found before anything is written.
+// What a step reads; everything that can be wrong with it is found before anything is written. The weights are all
+// there, or none where they may be read `elsewhere`.
 struct Inputs {
   std::vector<Activations> forwards;
   std::vector<int64_t> slots;  // of the forwards
   std::vector<WeightView> weights;
 
   Inputs(const Plan& plan, const std::vector<Tensor>& tensors, const std::vector<Tensor>& held,
-         std::vector<int64_t> held_slots)
+         std::vector<int64_t> held_slots, bool elsewhere = false)
       : slots(std::move(held_slots)) {
     const Header& h = *plan.header;
-    CBP_CHECK(static_cast<int64_t>(tensors.size()) == h.weights, "a wrong number of weights");
+    CBP_CHECK(static_cast<int64_t>(tensors.size()) == h.weights || (tensors.empty() && elsewhere),
+              "a wrong number of weights");
     CBP_CHECK(held.size() == slots.size(), "held activations and their slots differ in number");
     forwards.reserve(held.size());
     for (size_t i = 0; i < held.size(); ++i) {
@@ -407,7 +409,7 @@ struct Inputs {
       forwards.push_back(activations_of(held[i], plan.slots[slots[i]]));
     }
     weights.reserve(tensors.size());
-    for (int64_t i = 0; i < h.weights; ++i) weights.push_back(view_of(tensors[i], plan.weights[i]));
+    for (size_t i = 0; i < tensors.size(); ++i) weights.push_back(view_of(tensors[i], plan.weights[i]));
   }
   void capture_all(const Plan& plan, const Fields& f) const {
     for (size_t i = 0; i < forwards.size(); ++i) capture(plan, f, slots[i], forwards[i]);
@@ -510,13 +512,14 @@ void for_each_total(const Header& h, const Fields& f, int64_t first, int64_t col
   if (h.keeps_mean) move(f.feature + first, flat + h.slots + h.columns + first, columns);
 }
 
+// `weights` is empty where no process has a part of one: their sums are then left to `choose_`
 void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, std::vector<Tensor> held,
           std::vector<int64_t> held_slots) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
   const Fields f(h, buffer.mutable_data_ptr());
   double* flat = checked_flat(out, plan);
-  Inputs inputs(plan, weights, held, std::move(held_slots));
+  Inputs inputs(plan, weights, held, std::move(held_slots), true);
   inputs.capture_all(plan, f);
   std::fill(flat, flat + h.flat, 0.0);
   for (int64_t s = 0; s < h.slots; ++s) {
@@ -526,6 +529,7 @@ void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, 
       for_each_total(h, f, slot.first_column, slot.columns, flat,
                      [](const double* mine, double* total, int64_t n) { std::copy(mine, mine + n, total); });
   }
+  if (weights.empty()) return;
   // another process may have reached what this one has not
   std::vector<int64_t> needed(h.weights);
   for (int64_t i = 0; i < h.weights; ++i) needed[i] = plan.weights[i].adds;
@@ -533,16 +537,20 @@ void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, 
   sum_weights(plan, inputs.weights, needed, flat, scratch);
 }
 
-int64_t choose_(Tensor buffer, Tensor table, Tensor sums) {
+int64_t choose_(Tensor buffer, Tensor table, Tensor sums, std::vector<Tensor> weights) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
   const Fields f(h, buffer.mutable_data_ptr());
   double* flat = checked_flat(sums, plan);
+  Inputs inputs(plan, weights, {}, {}, true);
   for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
   for_each_total(h, f, 0, h.columns, flat,
                  [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
   const Reached reached(plan, f);
-  return reached.any ? choose_reached(plan, f, flat, reached) : 0;
+  if (!reached.any) return 0;
+  Scratch scratch(inputs.scratch());
+  if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
+  return choose_reached(plan, f, flat, reached);
 }
 
 Target target_of(const Tensor& t, const Region& region) {

@@ -31,6 +31,16 @@ def pytest_configure(config):
     _C.set_isa(config.getoption("--isa"))
 
 
+# Random numbers are the same in every run, whatever runs beside or before: of what a file draws as it is imported, and
+# of what a test draws.
+def pytest_collectstart(collector):
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     return request.param

@@ -61,7 +61,7 @@ class Shape:
         axes = rng.choice((0, 1)) if axes else rng.choice((0, 1, 2))
         self.batch = [rng.choice((1, 2, 4, 16, 0)) for _ in range(axes)]
         self.capture = rng.choice(("inline", "deferred"))
-        self.halves = self.units % 2 == 1
+        self.halves = self.units % 3
         self.hyper = {
             "replacement_rate": rng.choice((0.0, 0.1, 0.5, 1.0)),
             "maturity_threshold": rng.choice((0, 1)),
@@ -95,8 +95,9 @@ def select(engine, halves):
         return engine.select()
     weights = [ref.get() for ref in engine.state.weights]
     slots, held = engine._intact()
-    engine._functions.sum_(engine.state, weights, held, slots)
-    return engine._functions.choose_(engine.state)
+    first, second = (weights, []) if halves == 1 else ([], weights)
+    engine._functions.sum_(engine.state, first, held, slots)
+    return engine._functions.choose_(engine.state, second)
 
 
 def run_group(rng, steps):
@@ -120,7 +121,7 @@ def run_group(rng, steps):
                 h = whole(generator, (*shape.batch, shape.units * shape.columns, *shape.positions))
                 h = h.to(shape.activations)
                 engine.record(slot, strewn(rng, h) if backend == "cpp" and h.numel() else h)
-            if select(engine, shape.halves and backend == "cpp"):
+            if select(engine, shape.halves if backend == "cpp" else 0):
                 engine.reinit(*engine.collect([optimizer]))
             engine.finish()
             (chosen,) = engine.state.num_chosen.tolist()

@@ -848,7 +848,7 @@ def test_a_compiled_step_runs_where_room_for_an_eighth_of_a_weight_is_left():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_in_two_halves_is_the_step(rule, backend, everything):
     results = []
-    for halves in (False, True):
+    for halves in ("", "whole", "split"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
         options = {"replacement_rate": 0.2, "maturity_threshold": 2, "backend": backend, "seed": 3}
@@ -860,13 +860,16 @@ def test_a_step_in_two_halves_is_the_step(rule, backend, everything):
                 cbp.step()
                 continue
             slots, held = engine._intact()
-            engine._functions.sum_(engine.state, [ref.get() for ref in engine.state.weights], held, slots)
-            assert engine._functions.choose_(engine.state) == int(engine.state.num_chosen.sum())
+            weights = [ref.get() for ref in engine.state.weights]
+            # where they are split their sums belong to the first half
+            first, second = (weights, []) if halves == "split" else ([], weights)
+            engine._functions.sum_(engine.state, first, held, slots)
+            assert engine._functions.choose_(engine.state, second) == int(engine.state.num_chosen.sum())
             engine.reinit(*engine.collect([]))
             engine.finish()
         assert sum(cbp.num_replaced.values()) > 4
         results.append(everything(model, cbp))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 # the operators themselves
@@ -902,8 +905,10 @@ BAD_CALLS = {
     "slot beyond": lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(1, 5), 2),
     "slot before": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 5)], [-1]),
     "short sums": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat[:-1], w, [], []),
-    "sums of another type": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.float()),
-    "sums with gaps": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.repeat_interleave(2)[::2]),
+    "sums of another type": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.float(), w),
+    "sums with gaps": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.repeat_interleave(2)[::2], w),
+    "no weights": lambda s, w: ops.select_(s.buffer, s.plan, [], [], []),
+    "too few weights to choose": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat, w[:-1]),
     "too few weights to sum": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat, w[:-1], [], []),
     "region beyond": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [2 * len(s.regions)]),
     "region before": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [-1]),

@@ -41,8 +41,13 @@ def test_four_ranks_choose_as_one_process(tmp_path):
     assert all(differences(one, other) == [] for other, _ in others)
 
 
+class _Nothing:
+    def wait(self):
+        """Nothing was asked of the others."""
+
+
 def _train_apart(rank, size, plan):
-    distributed.Processes.reduce_ = lambda processes, flat: None
+    distributed.Processes.reduce_ = lambda processes, flat: _Nothing()
     return train(rank, size, plan)
 
 
@@ -201,6 +206,69 @@ def _count(rank, size):
 def test_a_step_takes_one_collective(tmp_path):
     # a count for each of two readers, a sum for each of 12 + 8 units; every rank has all weights
     assert run(2, _count, folder=tmp_path) == [[(torch.float64, 22)] * 10] * 2
+
+
+def _overlapped(rank, size, how):
+    model = network((12, 8))
+    ddp = DistributedDataParallel(model)
+    # SGD keeps nothing that a step by hand would not reset
+    halves = [list(model[i].parameters()) for i in (0, 2, 4)]
+    if how == "two optimizers":
+        optimizers = [torch.optim.SGD(part, lr=0.05) for part in (halves[0], halves[1] + halves[2])]
+    else:
+        optimizers = [torch.optim.SGD(ddp.parameters(), lr=0.05, fused=how == "skipped")]
+    cbp = attach(ddp, None if how == "by hand" else optimizers, Run())
+    early, reduce = [], dist.all_reduce
+
+    def observed(tensor, **options):
+        # weights after the backward pass are those before the update
+        early.append(torch.equal(model[2].weight, before))
+        return reduce(tensor, **options)
+
+    dist.all_reduce = observed
+    for step, (x, y) in enumerate(batches(20)):
+        before = model[2].weight.detach().clone()
+        x, y = x.chunk(size)[rank], y.chunk(size)[rank]
+
+        def loss(x=x, y=y):
+            ddp.zero_grad()
+            value = nn.functional.mse_loss(ddp(x), y)
+            value.backward()
+            return value
+
+        if how == "closure":
+            optimizers[0].step(loss)
+            continue
+        loss()
+        if how == "failing" and step == 5:
+            hook = optimizers[0].register_step_pre_hook(lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                optimizers[0].step()
+            hook.remove()
+        if how == "skipped" and step == 5:
+            # as GradScaler does where a gradient was not finite
+            optimizers[0].grad_scale, optimizers[0].found_inf = torch.ones(()), torch.ones(())
+            optimizers[0].step()
+            del optimizers[0].grad_scale, optimizers[0].found_inf
+        for optimizer in optimizers:
+            optimizer.step()
+        if how == "by hand":
+            cbp.step()
+    return early, everything(ddp, optimizers[0], cbp)
+
+
+def test_sums_are_reduced_while_the_optimizer_works(tmp_path):
+    results = {}
+    for how in ("by hand", "overlapped", "closure", "two optimizers", "failing", "skipped"):
+        (early, one), (_, other) = run(2, _overlapped, how, folder=tmp_path / how)
+        assert differences(one, other) == []
+        # the first of two optimizers does not move this weight
+        again = how in ("failing", "skipped")
+        assert early == [how not in ("by hand", "closure")] * (20 + again)
+        results[how] = one
+    assert results["by hand"]["0 num_replaced"] > 10
+    for how in ("overlapped", "closure", "two optimizers", "failing", "skipped"):
+        assert differences(results["by hand"], results[how]) == [], how
 
 
 def _replaced_moments(rank, size):

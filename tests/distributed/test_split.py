@@ -135,6 +135,7 @@ MESSAGES = {
     "a flat parameter": "keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard",
     "a grouped convolution": "2.weight is split inside a convolution group of 2 rows",
     "another optimizer": "made from its present parameters, after fully_shard or parallelize_module",
+    "an optimizer in the backward pass": "overlap_with_ddp=True steps within the backward pass",
     "a transfer": r"transfer_bias needs \d.(bias|weight) whole in every process, and it is split",
 }
 
@@ -148,6 +149,11 @@ def _refused(rank, size, what):
         model = nn.Sequential(nn.Conv1d(3, 6, 1), nn.ReLU(), nn.Conv1d(6, 6, 1, groups=3))
         options = {"groups": UnitGroup("g", "0", "2")}
         fully_shard(model)
+    elif what == "an optimizer in the backward pass":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        model = DistributedDataParallel(model)
+        options = {"optimizer": ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, overlap_with_ddp=True)}
     else:
         fully_shard(model)
     if what == "another optimizer":
