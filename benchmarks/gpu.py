@@ -18,7 +18,8 @@ import triton
 from torch import nn
 from torch.nn.utils import skip_init
 
-from cbp_fast import ContinualBackprop, UnitGroup, reference
+from cbp_fast import ContinualBackprop, UnitGroup
+from cbp_fast.bench.step import compiled_select
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,9 +76,9 @@ def seconds(step: Callable[[], None], repeats: int = 30) -> float:
     return median(times)
 
 
-def measure(net: Net) -> dict[str, float]:
+def measure(net: Net, device: str = "cuda") -> dict[str, float]:
     """Seconds of a step on each backend, and what it has to read."""
-    layers, groups, held = build(net, "cuda")
+    layers, groups, held = build(net, device)
     for tensor in (*(layer.weight.data for layer in layers), *held):
         tensor.normal_()
     model = nn.ModuleList(layers)
@@ -93,14 +94,13 @@ def measure(net: Net) -> dict[str, float]:
 
         times[backend] = seconds(step)
         if backend == "reference":
-            compiled = torch.compile(reference.choose_)
-            weights = [ref.get() for ref in engine.state.weights]
+            select = compiled_select(cbp)
 
-            def run(engine: object = engine, compiled: object = compiled, weights: object = weights) -> None:
-                with torch.no_grad():
-                    for slot, h in enumerate(held):
-                        reference.capture_(engine.state, slot, h)
-                    compiled(engine.state, weights)
+            def run(engine: object = engine, select: object = select) -> None:
+                for slot, h in enumerate(held):
+                    engine.record(slot, h)
+                select()
+                engine.finish()
 
             times["compiled reference"] = seconds(run)
         cbp.remove()

@@ -36,6 +36,7 @@ class Processes:
         counts: whether this process counts samples: along a tensor-parallel dimension all see the same ones.
         tensor_parallel: by parameter, the dimensions of its mesh that are tensor-parallel.
         first: by name of a split weight, whether this process is the first that holds its part.
+        split: whether they hold parts of the parameters, or see the same samples.
     """
 
     group: Any
@@ -43,6 +44,7 @@ class Processes:
     counts: bool
     tensor_parallel: dict[Tensor, range]
     first: dict[str, bool]
+    split: bool
 
     def place(self, name: str, tensor: Tensor) -> Place:
         """As `place_of`, with who adds it."""
@@ -137,7 +139,8 @@ def join_processes(
         for p, dims in tensor_parallel.items()
         for d in dims
     )
-    return Processes(group, everyone[0][2] if seed is None else seed, lead, tensor_parallel, first)
+    split = bool(places) or any(tensor_parallel.values())
+    return Processes(group, everyone[0][2] if seed is None else seed, lead, tensor_parallel, first, split)
 
 
 def _check_alike(everyone: Sequence[dict[str, Any]]) -> None:

@@ -84,7 +84,8 @@ class Engine:
         self.capture = capture
         self.enabled = True
         self._room = _HELD_BYTES[capture]
-        self.backend = backend_for(device, backend, rule, processes is not None)
+        self._split = processes is not None and processes.split
+        self.backend = backend_for(device, backend, rule, self._split)
         self.groups = list(groups)
         self.processes = processes
         # of all processes, under way
@@ -127,7 +128,7 @@ class Engine:
         device = self.state.buffer.device
         if device.type == "cpu" or self._wanted is not None or self.backend == "triton":
             return None
-        return why_not_triton(self.state.rule, device, self.processes is not None)
+        return why_not_triton(self.state.rule, device, self._split)
 
     @property
     def has_data(self) -> bool:
@@ -281,7 +282,7 @@ class Engine:
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
-        self.backend = backend_for(device, self._wanted, self.state.rule, self.processes is not None)
+        self.backend = backend_for(device, self._wanted, self.state.rule, self._split)
         self.state.to(device)
         self.forget_forwards()
 

@@ -38,20 +38,20 @@ def module_of(backend: str) -> ModuleType:
     return cpp if backend == "cpp" else reference
 
 
-def why_not_triton(rule: Rule, device: torch.device, several: bool) -> str | None:
-    """Why the Triton backend cannot serve a rule on a device, in `several` processes or one; None if it can."""
+def why_not_triton(rule: Rule, device: torch.device, split: bool) -> str | None:
+    """Why the Triton backend cannot serve a rule on a device, with `split` parameters or whole ones; None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"serves CUDA and ROCm devices and the model is on {device}"
     if find_spec("triton") is None:
         return "is not installed"
-    return module_of("triton").why_not(rule, device, several)
+    return module_of("triton").why_not(rule, device, split)
 
 
-def backend_for(device: torch.device, name: str | None, rule: Rule, several: bool = False) -> str:
+def backend_for(device: torch.device, name: str | None, rule: Rule, split: bool = False) -> str:
     """The backend asked for, or the fastest one for a device and a rule.
 
     Args:
-        several: whether several processes train the model together.
+        split: whether processes hold parts of the parameters, or see the same samples.
 
     Raises:
         ValueError: an unknown name, or a backend that does not serve the device or the rule.
@@ -60,7 +60,7 @@ def backend_for(device: torch.device, name: str | None, rule: Rule, several: boo
     if name is None:
         if device.type == "cpu":
             return "cpp"
-        return "reference" if why_not_triton(rule, device, several) else "triton"
+        return "reference" if why_not_triton(rule, device, split) else "triton"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, must be one of {', '.join(BACKENDS)}, or None for the fastest")
     if name == "cpp" and device.type != "cpu":
@@ -68,7 +68,7 @@ def backend_for(device: torch.device, name: str | None, rule: Rule, several: boo
     if name == "triton":
         if find_spec("triton") is None:
             raise ModuleNotFoundError("backend 'triton' needs Triton: pip install triton, or leave backend=None")
-        why = why_not_triton(rule, device, several)
+        why = why_not_triton(rule, device, split)
         if why is not None:
             raise ValueError(f"backend 'triton' {why}; leave backend=None")
     return name

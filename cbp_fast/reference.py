@@ -222,12 +222,12 @@ def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots:
     """
     for number, h in zip(slots, held, strict=True):
         capture_(state, number, h)
-    count, *totals = _totals(state)
+    count, *sums = totals(state)
     state.flat.zero_()
     for s, slot in enumerate(state.slots):
         if slot.counts:
             count[s] = state.count[s]
-        for total, mine in zip(totals, (state.activation, state.feature), strict=False):
+        for total, mine in zip(sums, (state.activation, state.feature), strict=False):
             if slot.adds:
                 total[slot.columns] = mine[slot.columns]
     _sum_weights(state, weights)
@@ -246,7 +246,7 @@ def _sum_weights(state: State, weights: Sequence[Tensor]) -> None:
             state.flat[state.inputs[i]][first[1 - axis] + group * w.shape[1] :][: len(sums)] = sums
 
 
-def _totals(state: State) -> tuple[Tensor, Tensor, Tensor]:
+def totals(state: State) -> tuple[Tensor, Tensor, Tensor]:
     """What of `state.flat` is summed over samples: count, activation and feature."""
     sizes = [len(state.count), len(state.activation), len(state.feature)]
     return state.flat[: sum(sizes)].split(sizes)
@@ -259,7 +259,7 @@ def choose_(state: State, weights: Sequence[Tensor]) -> int:
     Args:
         weights: what `sum_` was not given; read only.
     """
-    for mine, total in zip((state.count, state.activation, state.feature), _totals(state), strict=True):
+    for mine, total in zip((state.count, state.activation, state.feature), totals(state), strict=True):
         mine.copy_(total)
     if state.buffer.is_cpu and not state.count.any():
         return 0

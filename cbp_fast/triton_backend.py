@@ -1,7 +1,7 @@
 """The Triton backend: the tables that the kernels walk, and their launches; `reference` says what its functions do.
 
-Two launches a step, whatever the number of layers. Tables are built when shapes or strides change, and kept; addresses
-of tensors are sent when one has changed.
+Two launches a step, whatever the number of layers; in several processes one more, and a few small copies. Tables are
+built when shapes or strides change, and kept; addresses of tensors are sent when one has changed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Axis(NamedTuple):
     stride: int  # in elements
 
 
-def why_not(rule: Rule, device: torch.device, several: bool) -> str | None:
-    """Why this backend cannot serve a rule on a device, in `several` processes or one; None if it can."""
-    if several:
-        return "does not serve several processes"
+def why_not(rule: Rule, device: torch.device, split: bool) -> str | None:
+    """Why this backend cannot serve a rule on a device, with `split` parameters or whole ones; None if it can."""
+    if split:
+        return "does not serve parameters that are split among processes"
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         return "serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -180,6 +180,7 @@ class _Plan:
         self.place = place
         # which of a step's tensors a job reads, and from which byte
         self.sources = [(s.tensor, s.offset * s.dtype.itemsize) for s in sums]
+        self.sender = _Sender(len(sums), device)
         self.dirty = False
 
     def allocate(self, scratch: int) -> None:
@@ -250,15 +251,19 @@ class _Sender:
 
     _RING = 4
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, length: int, device: torch.device) -> None:
+        self._length = length
+        self._device = device
         self._last: list[int] = []
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
         self._next = 0
-        self._target = torch.empty(0, dtype=torch.int64, device=device)
+        self._target = torch.empty(0, dtype=torch.int64)
         # a CUDA graph reads its own pinned buffer at every replay; none can be had while a stream is captured
-        self._spare = torch.empty(0, dtype=torch.int64)
+        self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._length, dtype=torch.int64, pin_memory=True)
 
     def send(self, values: list[int]) -> Tensor:
         """A device tensor of these values, for kernels launched after this call.
@@ -266,27 +271,23 @@ class _Sender:
         Raises:
             RuntimeError: a graph is captured before a step of this shape has run.
         """
-        if self.device.type == "cpu":
+        if self._device.type == "cpu":
             return torch.tensor(values, dtype=torch.int64)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing:
-            if self._spare.numel() != len(values):
+        if torch.cuda.is_current_stream_capturing():
+            if self._spare is None:
                 raise RuntimeError("run a step with inputs of the same shape before each capture of a CUDA graph")
-            pinned, self._spare = self._spare, torch.empty(0, dtype=torch.int64)
-            target = torch.empty(len(values), dtype=torch.int64, device=self.device)
+            pinned, self._spare = self._spare, None
+            target = torch.empty(self._length, dtype=torch.int64, device=self._device)
             self._captured += [pinned, target]
             pinned.copy_(torch.tensor(values, dtype=torch.int64))
             return target.copy_(pinned, non_blocking=True)
-        if self._spare.numel() != len(values):
-            self._spare = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        if self._spare is None:
+            self._spare = self._pinned()
         if values == self._last:
             return self._target
-        if self._target.numel() != len(values):
-            self._target = torch.empty(len(values), dtype=torch.int64, device=self.device)
-            self._ring = [
-                (torch.empty(len(values), dtype=torch.int64, pin_memory=True), torch.cuda.Event())
-                for _ in range(self._RING)
-            ]
+        if not self._ring:
+            self._target = torch.empty(self._length, dtype=torch.int64, device=self._device)
+            self._ring = [(self._pinned(), torch.cuda.Event()) for _ in range(self._RING)]
         pinned, sent = self._ring[self._next]
         self._next = (self._next + 1) % self._RING
         # the copy of four sends ago has long been made
@@ -337,9 +338,8 @@ class _Tables:
         )
         addresses = Addresses._make([*(f.data_ptr() for f in fields), len(state.layouts)])
         self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
-        self.sender = _Sender(device)
         self.plans: dict[object, _Step] = {}
-        self.captures: dict[object, _Plan] = {}
+        self.captures: dict[object, list[_Plan]] = {}
         self.targets: dict[object, _Targets] = {}
         self.captured: list[object] = []
         self.wide = state.utility.dtype == torch.float64
@@ -394,22 +394,63 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
     if not state.rule.activation or is_compiling():
         # a compiler makes a kernel of its own from this
         reference.capture_(state, slot, h)
-        return
-    if h.numel() == 0:
-        return
+    else:
+        _capture(state, [h], [slot])
+
+
+def _capture(state: State, held: Sequence[Tensor], slots: Sequence[int]) -> None:
+    """Add forwards' activations to their sums, in one launch where each slot was seen in one forward."""
+    full = [i for i, h in enumerate(held) if h.numel()]
+    held, slots = [held[i] for i in full], [slots[i] for i in full]
     tables = _tables_of(state)
-    key = (slot, _layout_of([h]))
-    plan = tables.captures.get(key)
-    if plan is None:
-        sums = _activation_sums(state, [h], [slot])
-        for i, s in enumerate(sums[1:], 1):
-            sums[i] = s._replace(samples=0)
-        plan = _Plan(sums, [h.data_ptr() % 16], len(state.layouts), tables.device)
-        plan.allocate(0)
-        _keep(tables.captures, key, plan)
-    tensors = tables.sender.send([h.data_ptr() + offset for _, offset in plan.sources])
-    args = (plan.tiles, plan.jobs, tensors, tables.addresses, plan.workspace, plan.counters)
-    _launch(tables, plan, triton_kernels.capture, args, {"KINDS": plan.kinds})
+    key = (tuple(slots), _layout_of(held))
+    plans = tables.captures.get(key)
+    if plans is None:
+        plans = []
+        for sums in _apart(_activation_sums(state, held, slots)):
+            plans.append(_Plan(sums, [h.data_ptr() % 16 for h in held], len(state.layouts), tables.device))
+            plans[-1].allocate(0)
+        _keep(tables.captures, key, plans)
+    for plan in plans:
+        tensors = plan.sender.send([held[tensor].data_ptr() + offset for tensor, offset in plan.sources])
+        args = (plan.tiles, plan.jobs, tensors, tables.addresses, plan.workspace, plan.counters)
+        _launch(tables, plan, triton_kernels.capture, args, {"KINDS": plan.kinds})
+
+
+def _apart(sums: Sequence[_Sum]) -> list[list[_Sum]]:
+    """Lists in which no two sums belong to the same columns; only the first part of an activation counts samples."""
+    apart: list[list[_Sum]] = []
+    seen: set[int] = set()
+    for s in sums:
+        s = s._replace(samples=0) if s.tensor in seen else s
+        seen.add(s.tensor)
+        place = next((a for a in apart if all(other.slot != s.slot for other in a)), None)
+        if place is None:
+            apart.append([s])
+        else:
+            place.append(s)
+    return apart
+
+
+@torch.no_grad()
+def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+    """See `reference.sum_`; of processes that have all weights, which `choose_` reads."""
+    assert not weights
+    if state.rule.activation:
+        _capture(state, held, slots)
+    else:
+        for number, h in zip(slots, held, strict=True):
+            reference.capture_(state, number, h)
+    for total, mine in zip(reference.totals(state), (state.count, state.activation), strict=False):
+        total.copy_(mine)
+
+
+@torch.no_grad()
+def choose_(state: State, weights: Sequence[Tensor]) -> int:
+    """See `reference.choose_`."""
+    for mine, total in zip((state.count, state.activation), reference.totals(state), strict=False):
+        mine.copy_(total)
+    return select_(state, weights, [], [])
 
 
 class _Step(_Plan):
@@ -506,7 +547,7 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
         plan = _Step(state, weights, held, slots)
         _keep(tables.plans, key, plan)
     addresses = [held[i].data_ptr() for i in plan.order] + [w.data_ptr() for w in weights]
-    tensors = tables.sender.send([addresses[tensor] + offset for tensor, offset in plan.sources])
+    tensors = plan.sender.send([addresses[tensor] + offset for tensor, offset in plan.sources])
     args = (plan.tiles, plan.jobs, tensors, plan.groups, plan.readers, plan.incoming, tables.addresses)
     _launch(
         tables,

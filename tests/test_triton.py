@@ -386,6 +386,32 @@ def test_any_order_of_programs_gives_the_same_bits(change, monkeypatch):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rule", ["nature", "weight", "clarena"])
+def test_the_halves_of_a_step_in_several_processes(rule, monkeypatch):
+    """A slot seen twice, and with samples along more axes than a sum has: no two programs may add to one column."""
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        layers = [nn.Linear(40, 5), nn.Linear(5, 40), nn.Linear(40, 2)]
+        for layer in layers:
+            layer.weight.data = torch.randint(-4, 5, layer.weight.shape).float()
+        groups = [([layers[0]], [layers[1]]), ([layers[1]], [layers[2]])]
+        cbp = engine_of(groups, SERVED[rule], backend=backend, replacement_rate=0.3)
+        engine = cbp._engine
+        # no two axes of the first one are neighbours in memory
+        h = torch.randint(-4, 5, (2, 3, 2, 2, 3, 5)).float().permute(3, 1, 4, 0, 2, 5)[..., ::2, :]
+        held = [h, torch.randint(-4, 5, (300, 40)).float(), h.half()]
+        weights = [ref.get().detach() for ref in engine.state.weights]
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_kernels, "launch", Interleaved(random.Random(0), 0.3).launch)
+            engine._functions.sum_(engine.state, [], held, [0, 1, 0])
+            chosen = engine._functions.choose_(engine.state, weights)
+        results.append([engine.state.utility, engine.state.age, *cbp.last_replaced.values(), engine.state.count])
+        assert chosen == (1 if rule == "clarena" else 13)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_aborted_launch_does_not_poison_the_next(monkeypatch):
     results = []
     for abort in (False, True):

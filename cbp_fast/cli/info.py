@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def _triton() -> str:
     """Whether the Triton backend can run, or why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    why = why_not_triton(Rule.nature(), device, several=False)
+    why = why_not_triton(Rule.nature(), device, split=False)
     return f"not available: Triton {why}" if why else f"available, with Triton {version('triton')}"
 
 

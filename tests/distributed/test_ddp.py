@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_four_ranks_choose_as_one_process(tmp_path):
 class _Nothing:
     def wait(self):
         """Nothing was asked of the others."""
+
+
+@pytest.mark.parametrize("rule", ["nature", "clarena"])
+def test_one_launch_more_with_triton(rule, tmp_path):
+    # in Triton's interpreter, which is slow
+    plan = Run(rule=RULES[rule] if rule == "clarena" else Rule.nature(), backend="triton", model=(7, 5), steps=8)
+    plan = replace(plan, replacement_rate=0.2)
+    (one, log), (other, _) = run(2, train, plan, folder=tmp_path)
+    assert differences(one, other) == []
+    (_, compiled), _ = run(2, train, replace(plan, backend="cpp"), folder=tmp_path / "compiled")
+    assert log == compiled
+    assert sum(len(units) for step in log for units in step.values()) > 3
 
 
 def _train_apart(rank, size, plan):
