@@ -66,7 +66,7 @@ def test_one_step_is_that_of_the_reference(rule, dtype):
     """Same inputs, same choice, and the same bits drawn: activations are whole numbers, so that sums are exact."""
     results = []
     for device, backend in (("cuda", "triton"), ("cpu", "reference")):
-        model = mlp(dtype=dtype)
+        model = mlp((256, 256, 256, 256, 10), dtype)
         for p in model.parameters():
             p.data.copy_(torch.randint(-3, 4, p.shape, generator=torch.Generator().manual_seed(p.numel())))
         model.to(device)
