@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_every_method_trains_the_shared_parameters():
     case = training.Case("small", networks.mlp, (2, 8, 4), 3)
     timers = training.timers_of(case, "nature", "cpu", compiled=False)
     assert list(timers)[:4] == ["none", "cpp", "eager", "gnt"]
-    for whole, part in (timed() for _ in range(3) for timed in timers.values()):
+    for whole, part in (times for timed in timers.values() for times in timed(3)):
         assert whole > part >= 0
 
 
@@ -133,20 +134,33 @@ def test_slope_of_a_line():
 
 def settings():
     """What a worker was started with, as a timer."""
-    return {"settings": lambda: (torch.get_num_threads(), os.environ.get("CBP_FAST_TEST"))}
+    return {"settings": lambda calls: [(torch.get_num_threads(), os.environ.get("CBP_FAST_TEST"))] * calls}
 
 
 def test_a_worker_has_its_own_threads_and_environment():
     with timing.Worker(settings, threads=2, CBP_FAST_TEST="tuned") as worker:
-        assert worker.timers()["settings"]() == (2, "tuned")
+        assert worker.timers()["settings"](2) == [(2, "tuned")] * 2
     assert "CBP_FAST_TEST" not in os.environ
 
 
 def test_turns_are_cut_short_after_their_time_and_every_round_is_ticked():
     ticks = []
     options = timing.Options(seconds=0, tick=ticks.append)
-    times = timing.in_turns({"a": lambda: 1.0, "b": lambda: 2.0}, 10, options)
-    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+    calls = []
+
+    def slow(n):
+        time.sleep(0.01 * n)
+        calls.append(n)
+        return [1.0] * n
+
+    def quick(n):
+        return list(range(n))
+
+    times = timing.in_turns({"slow": slow, "quick": quick}, 10, options)
+    assert times["slow"] == [1.0] * 3
+    assert calls[-3:] == [1] * 3
+    # the first of each turn is left out
+    assert times["quick"] == [*range(1, 51)] * 3
     assert sum(ticks) == 10
 
 

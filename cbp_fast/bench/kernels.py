@@ -84,7 +84,7 @@ CASES = (
     Case("reinit_", "2 x 4096", 4096, mlp_with_few_inputs, (2, 4096, 1), torch.bfloat16),
     Case("reinit_", "conv 256 @ 8 x 8", 256, convolutions, (256, 8, 1)),
 )
-_ROUNDS = 200
+_ROUNDS = 50
 
 
 def case_names() -> list[str]:

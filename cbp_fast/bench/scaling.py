@@ -11,19 +11,19 @@ import torch
 from ..continual_backprop import ContinualBackprop
 from .networks import build, mlp
 from .step import Case, backend_for_device, stated_bytes, timers_of
-from .timing import Options, Row, hook_seconds, in_turns, row, timer
+from .timing import Options, Row, Timer, hook_seconds, in_turns, row, timer
 
 LEGEND = """\
 How one step grows, in microseconds, hooks included: median (10th to 90th percentile).
   weights  three hidden layers of equal width, batch 32, nothing replaced, beside reading the bytes once
-  depth    layers of 64 units, batch 32, in a loop of its own; what a layer costs is the slope of a line
+  depth    layers of 64 units, batch 32; what a layer costs is the slope of a line
   rate     3 x 4096, batch 32, Adam: steps in which a share of all units is replaced, beside steps that replace none"""
 
 _WEIGHTS = (1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
 _DEPTHS = (1, 2, 5, 10, 20, 50, 100)
 # of 4096 units: none, one a layer and step, 4, 41
 _UNITS = (0, 1, 4, 41)
-_ROUNDS = {"weights": 100, "depth": 100, "rate": 100}
+_ROUNDS = {"weights": 50, "depth": 50, "rate": 100}
 
 
 def case_names() -> list[str]:
@@ -108,7 +108,7 @@ def _rate(options: Options) -> Iterator[tuple[str, list[Row]]]:
     network.model(network.x)
     held = list(zip(cbp._engine._slots, cbp._engine._held, strict=True))
 
-    def replace(units: int) -> Callable[[], float]:
+    def replace(units: int) -> Timer[float]:
         def step() -> None:
             for slot, h in held:
                 cbp._engine.record(slot, h)
@@ -119,9 +119,9 @@ def _rate(options: Options) -> Iterator[tuple[str, list[Row]]]:
         def at_this_rate() -> float:
             # half a unit more than wanted is due, whatever was left over from other rates
             cbp._engine.state.pending.fill_(units + 0.5)
-            return timed()
+            return timed(1)[0]
 
-        return at_this_rate
+        return lambda calls: [at_this_rate() for _ in range(calls)]
 
     yield f"\n{'units':>12} {'rate':>6} {ours:>26} {'over none':>26}", []
     times = in_turns({str(units): replace(units) for units in _UNITS}, _ROUNDS["rate"], options)

@@ -15,7 +15,7 @@ from ..continual_backprop import ContinualBackprop
 from ..ops import backend_for
 from ..rules import Rule
 from .networks import build, mlp
-from .timing import TUNED, Options, Row, Worker, hook_seconds, in_turns, row, timer
+from .timing import TUNED, Options, Row, Timer, Worker, hook_seconds, in_turns, row, timer
 
 LEGEND = """\
 One step in microseconds, hooks included: median (10th to 90th percentile); nothing is replaced, as in most steps.
@@ -27,7 +27,7 @@ One step in microseconds, hooks included: median (10th to 90th percentile); noth
 
 
 class Case(NamedTuple):
-    """A network of `depth` hidden layers of `width` units, and how often its step is timed."""
+    """A network of `depth` hidden layers of `width` units, and how many turns each way to do its step gets."""
 
     name: str
     depth: int
@@ -39,12 +39,11 @@ class Case(NamedTuple):
 
 CASES = (
     Case("3 x 4096", 3, 4096, 256, 40),
-    Case("3 x 1024", 3, 1024, 32, 300),
-    Case("2 x 256", 2, 256, 32, 1000),
+    Case("3 x 1024", 3, 1024, 32, 200),
+    Case("2 x 256", 2, 256, 32, 200),
     # PyTorch takes minutes to compile the unrolled reference of a hundred layers
-    Case("100 x 64", 100, 64, 32, 200, compiled=False),
+    Case("100 x 64", 100, 64, 32, 60, compiled=False),
 )
-_HOT = 20
 _COLUMNS = ("read", "cpp", "triton", "eager", "eager tuned", "compiled")
 
 
@@ -66,7 +65,7 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     for case in _cases(options):
         times = _measure(case, rule, options)
         ours = backend_for_device(options)
-        hot, speedup = times.pop("hot", None), {name: times.pop(name) for name in _SPEEDUPS if name in times}
+        speedup = {name: times.pop(name) for name in _SPEEDUPS if name in times}
         moved = stated_bytes(case, rule)
         rows = [row("step", case.name, "step", name, times[name], x=case.width, moved=moved) for name in times]
         by_name = {r.method: r for r in rows}
@@ -82,12 +81,8 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
                 f"\n{'':16} {ours}: {mine / read:.2f} of reading, {moved / mine / 1e3:.1f} GB/s;"
                 f" times faster: {', '.join(ratios)}"
             )
-            if hot:
-                rows.append(row("step", case.name, "step, hot", ours, hot, x=case.width, moved=moved))
-                line += (
-                    f"\n{'':16} a layer: {rows[-1].median / case.depth:.1f} us in a loop of its own,"
-                    f" {mine / case.depth:.1f} us in turns with the others"
-                )
+            if case.depth >= 100:
+                line += f"\n{'':16} a layer: {mine / case.depth:.1f} us"
         if speedup:
             rows += [row("step", case.name, name, ours, speedup[name], x=case.width, moved=moved) for name in speedup]
             faster = {what: _ratio(speedup, what, options.threads) for what in (ours, "read")}
@@ -121,8 +116,6 @@ def _measure(case: Case, rule: str, options: Options) -> dict[str, list[float]]:
     timers = timers_of(case, rule, device, (ours, "reference"))
     if case.compiled and options.compiled:
         timers["compiled"] = timer(_compiled(case, rule, device), device)
-    if case.depth >= 100 and ours in timers:
-        timers["hot"] = timer(steps(case, rule, device, (ours,))[0][ours], device, calls=_HOT)
     with ExitStack() as processes:
 
         def worker(backend: str, threads: int, **environment: str) -> Worker:
@@ -143,7 +136,7 @@ def _measure(case: Case, rule: str, options: Options) -> dict[str, list[float]]:
     }
 
 
-def timers_of(case: Case, rule: str, device: str, backends: Sequence[str]) -> dict[str, Callable[[], float]]:
+def timers_of(case: Case, rule: str, device: str, backends: Sequence[str]) -> dict[str, Timer[float]]:
     """Timers of a case's step by backend, and of reading its bytes."""
     functions, read = steps(case, rule, device, backends)
     return {name: timer(step, device) for name, step in {**functions, "read": read}.items()}

@@ -15,10 +15,14 @@ from torch import nn
 
 T = TypeVar("T")
 Name = TypeVar("Name", str, tuple[str, str])
+# does something so many times and returns what each of them took
+Timer = Callable[[int], list[T]]
 
 # glibc returns large blocks to the system when they are freed; kept, the reference's temporaries cost no page faults
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 _WARM_UP = 2
+# seconds, and calls, of a turn
+_TURN, _MOST_CALLS = 5e-3, 50
 
 
 @dataclass
@@ -83,11 +87,18 @@ def row(
     return Row(suite, case, op, method, x, moved, len(seconds), low, middle, high, share)
 
 
-def in_turns(timers: Mapping[Name, Callable[[], T]], rounds: int, options: Options) -> dict[Name, list[T]]:
-    """What each timer returns, `rounds` times, or fewer, but three, where that takes longer than `options.seconds`."""
-    for _ in range(_WARM_UP):
-        for timer in timers.values():
-            timer()
+def in_turns(timers: Mapping[Name, Timer[T]], rounds: int, options: Options) -> dict[Name, list[T]]:
+    """What each timer returns in `rounds` turns, or fewer, but three, where that takes longer than `options.seconds`.
+
+    A turn lasts some milliseconds. Where one call takes less, the first of a turn is not counted: others were there
+    before it, and what is used step after step finds its code and data where it left them.
+    """
+    calls: dict[Name, int] = {}
+    for name, timer in timers.items():
+        timer(_WARM_UP)
+        start = time.perf_counter()
+        timer(_WARM_UP)
+        calls[name] = max(1, min(int(_TURN * _WARM_UP / (time.perf_counter() - start)), _MOST_CALLS))
     results: dict[Name, list[T]] = {name: [] for name in timers}
     end = time.perf_counter() + options.seconds
     for turn in range(rounds):
@@ -95,24 +106,24 @@ def in_turns(timers: Mapping[Name, Callable[[], T]], rounds: int, options: Optio
             options.tick(rounds - turn)
             break
         for name, timer in timers.items():
-            results[name].append(timer())
+            n = calls[name]
+            results[name] += timer(n + 1)[1:] if n > 1 else timer(1)
         options.tick(1)
     return results
 
 
-def timer(step: Callable[[], object], device: str = "cpu", calls: int = 1) -> Callable[[], float]:
-    """A function that does `step` `calls` times and returns the seconds that each took."""
+def timer(step: Callable[[], object], device: str = "cpu") -> Timer[float]:
+    """A function that does `step` some times and returns the seconds that each took."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def timed() -> float:
         wait()
         start = time.perf_counter()
-        for _ in range(calls):
-            step()
+        step()
         wait()
-        return (time.perf_counter() - start) / calls
+        return time.perf_counter() - start
 
-    return timed
+    return lambda calls: [timed() for _ in range(calls)]
 
 
 class Worker:
@@ -125,7 +136,7 @@ class Worker:
     """
 
     def __init__(
-        self, build: Callable[..., Mapping[str, Callable[[], Any]]], *args: Any, threads: int, **environment: str
+        self, build: Callable[..., Mapping[str, Timer[Any]]], *args: Any, threads: int, **environment: str
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
@@ -141,13 +152,13 @@ class Worker:
         # an end that nobody writes to: a process that dies is then an EOFError here
         there.close()
 
-    def timers(self) -> dict[str, Callable[[], Any]]:
+    def timers(self) -> dict[str, Timer[Any]]:
         """The process's timers by name."""
         names: list[str] = self._pipe.recv()
-        return {name: lambda name=name: self._ask(name) for name in names}  # type: ignore[misc]
+        return {name: lambda calls, name=name: self._ask(name, calls) for name in names}  # type: ignore[misc]
 
-    def _ask(self, name: str) -> Any:
-        self._pipe.send(name)
+    def _ask(self, name: str, calls: int) -> Any:
+        self._pipe.send((name, calls))
         return self._pipe.recv()
 
     def __enter__(self) -> Worker:
@@ -164,10 +175,10 @@ def _serve(pipe: Any, threads: int, build: Callable[..., Mapping[str, Callable[[
     pipe.send(list(timers))
     while True:
         try:
-            name = pipe.recv()
+            name, calls = pipe.recv()
         except EOFError:
             return
-        pipe.send(timers[name]())
+        pipe.send(timers[name](calls))  # type: ignore[call-arg]
 
 
 def hook_seconds() -> float:
@@ -175,6 +186,6 @@ def hook_seconds() -> float:
     plain, hooked = nn.Identity(), nn.Identity()
     hooked.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
     x = torch.zeros(1)
-    timers = {name: timer(lambda m=m: m(x), calls=20) for name, m in (("plain", plain), ("hooked", hooked))}  # type: ignore[misc]
-    times = in_turns(timers, 200, Options())
+    timers = {name: timer(lambda m=m: m(x)) for name, m in (("plain", plain), ("hooked", hooked))}  # type: ignore[misc]
+    times = in_turns(timers, 50, Options())
     return median(times["hooked"]) - median(times["plain"])

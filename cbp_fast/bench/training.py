@@ -20,7 +20,7 @@ from ..rules import Rule
 from . import baselines
 from .networks import Network, build, conv_net, gpt, mlp, resnet18
 from .step import backend_for_device, compiled_select
-from .timing import TUNED, Options, Row, Worker, hook_seconds, in_turns, row
+from .timing import TUNED, Options, Row, Timer, Worker, hook_seconds, in_turns, row
 
 LEGEND = """\
 Whole training steps: forward, backward, Adam, continual backprop; replacement rate 1e-4 and every unit mature. In each
@@ -38,7 +38,7 @@ _METHODS = ("cpp", "triton", "eager", "compiled", "gnt", "clarena", "ccbp", "ccb
 
 
 class Case(NamedTuple):
-    """A network, and how often its training step is timed."""
+    """A network, and how many turns each method gets to train it."""
 
     name: str
     make: Callable[..., Network]
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case("MLP 3 x 4096, batch 32", mlp, (3, 4096, 32), 15, compiled=True),
-    Case("MLP 3 x 256, batch 32", mlp, (3, 256, 32), 300, compiled=True),
+    Case("MLP 3 x 256, batch 32", mlp, (3, 256, 32), 60, compiled=True),
     Case("conv net, batch 100", conv_net, (100,), 30),
     Case("ResNet-18, batch 8", resnet18, (8,), 10),
     Case("GPT 6 x 384, 4 x 64 tokens", gpt, (4,), 15),
@@ -144,8 +144,8 @@ class _Clock:
         return timed
 
 
-def timers_of(case: Case, rule: str, device: str, compiled: bool) -> dict[str, Callable[[], tuple[float, float]]]:
-    """By method, a function that trains one step and returns the seconds of all of it and of continual backprop.
+def timers_of(case: Case, rule: str, device: str, compiled: bool) -> dict[str, Timer[tuple[float, float]]]:
+    """By method, a function that trains some steps and returns the seconds of each and, in it, of continual backprop.
 
     Each method has modules, hooks and an optimizer of its own, but all share one set of parameters and moments.
     """
@@ -182,7 +182,7 @@ def timers_of(case: Case, rule: str, device: str, compiled: bool) -> dict[str, C
 
 def _training_step(
     network: Network, step: Callable[[], object], clock: _Clock, hooks: float
-) -> Callable[[], tuple[float, float]]:
+) -> Timer[tuple[float, float]]:
     def train() -> tuple[float, float]:
         clock.seconds = 0.0
         clock.wait()
@@ -194,7 +194,7 @@ def _training_step(
         clock.wait()
         return time.perf_counter() - start, clock.seconds + hooks
 
-    return train
+    return lambda steps: [train() for _ in range(steps)]
 
 
 def _ours(network: Network, optimizer: Optimizer, clock: _Clock, *, rule: str, backend: str) -> Callable[[], object]:
