@@ -110,6 +110,13 @@ class _Awaited:
     def to(self, device: torch.device) -> None:
         """Nothing is anywhere yet."""
 
+    def select(self) -> int:
+        """Nothing is chosen yet."""
+        return 0
+
+    def finish(self) -> None:
+        """Nothing is held yet."""
+
     def state_dict(self) -> dict[str, Any]:
         if self.kept is None:
             raise RuntimeError(
@@ -204,6 +211,7 @@ class ContinualBackprop(Joinable):
         self._engine: Engine
         self.groups: list[UnitGroup] = []
         self._places: list[_Place] = []
+        self._modules: list[nn.Module | None] = []
         self._hooks: list[RemovableHandle] = []
         hyper = {
             "replacement_rate": replacement_rate,
@@ -224,7 +232,7 @@ class ContinualBackprop(Joinable):
 
     def _follow_optimizers(self) -> None:
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
-        self._waiting, self._stepped = set(range(len(self._optimizers))), False
+        self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
         if several_processes():
             self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
@@ -253,6 +261,7 @@ class ContinualBackprop(Joinable):
         self._engine = Engine(self.rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
         self.groups = [group.unit_group() for group in resolved]
         self._places = _places(self._model, resolved)
+        self._modules = [place.module for place in self._places]
         self._hooks = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
@@ -272,7 +281,7 @@ class ContinualBackprop(Joinable):
             # the next forward tries again
             for handle in self._hooks:
                 handle.remove()
-            self._engine, self.groups, self._places = cast(Engine, awaited), [], []
+            self._engine, self.groups, self._places, self._modules = cast(Engine, awaited), [], [], []
             self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
             raise
         finally:
@@ -331,28 +340,25 @@ class ContinualBackprop(Joinable):
                 it had when attached.
         """
         self._check_attached()
-        if not self.enabled:
+        engine = self._engine
+        if not engine.enabled:
             return
-        for children, key, name, module in self._places:
-            if children.get(key) is not module:
-                raise RuntimeError(
-                    f"'{name}' was replaced after attaching; call refresh(), or remove() and attach again"
-                )
+        if [place.children.get(place.key) for place in self._places] != self._modules:
+            name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
+            raise RuntimeError(f"'{name}' was replaced after attaching; call refresh(), or remove() and attach again")
         if not self._heard:
             self._heard = True
             # of several processes one may be without data
-            if self._engine.processes is None and not self._engine.has_data:
+            if engine.processes is None and not engine.has_data:
                 warnings.warn(
                     "no training forward of the model was seen before the first step of continual backprop, which "
                     "changes nothing; if the model is compiled, attach before its first compiled call, with "
                     "example_inputs",
                     stacklevel=2,
                 )
-        if isinstance(self._engine, _Awaited):
-            return
-        if self._engine.processes is not None and not self._engine.begun:
+        if engine.processes is not None and not engine.begun:
             notify_join(self)
-        step_together([self._engine], self._optimizers)
+        step_together([engine], self._optimizers)
 
     def _check_attached(self) -> None:
         if not self._hooks:
@@ -361,7 +367,7 @@ class ContinualBackprop(Joinable):
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # a closure has forwards of its own, and of several optimizers the others may be followed by some
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        last = all(self._optimizers[i] is optimizer for i in self._waiting)
+        last = self._waiting <= {id(optimizer)}
         if closure is None and last and self._hooks and self.enabled and self._engine.processes is not None:
             notify_join(self)
             self._engine.begin()
@@ -369,13 +375,12 @@ class ContinualBackprop(Joinable):
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
             return
-        (which,) = (i for i, o in enumerate(self._optimizers) if o is optimizer)
-        self._waiting.discard(which)
+        self._waiting.discard(id(optimizer))
         self._stepped |= not skipped(optimizer)
         if self._waiting:
             return
         stepped = self._stepped
-        self._waiting, self._stepped = set(range(len(self._optimizers))), False
+        self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
         if stepped:
             self.step()
 

@@ -38,8 +38,8 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
 
 
 def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
-    """See `reference.select_`."""
-    return _select(state.buffer, state.plan, weights, held, slots)
+    """See `reference.select_`; keeps a copy in `state.backup`, and what it raises has changed nothing."""
+    return _select(state.buffer, state.backup, state.plan, weights, held, slots)
 
 
 def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
@@ -48,8 +48,8 @@ def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots:
 
 
 def choose_(state: State, weights: Sequence[Tensor]) -> int:
-    """See `reference.choose_`."""
-    return _choose(state.buffer, state.plan, state.flat, weights)
+    """See `reference.choose_`; as `select_` in what it keeps."""
+    return _choose(state.buffer, state.backup, state.plan, state.flat, weights)
 
 
 def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         check_options(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
-        device = _one_device(groups)
+        device = self._device = _one_device(groups)
         self._wanted = backend
         self.layer = layer
         self.capture = capture
@@ -156,7 +156,7 @@ class Engine:
         if type(h) is not Tensor and is_dtensor(h):
             h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
         # what is on another device may belong to a model that is being moved
-        if not self.enabled or h.device != self.state.buffer.device:
+        if not self.enabled or h.device != self._device:
             return
         h = h.detach()
         held = self._held_bytes + h.nbytes
@@ -181,39 +181,46 @@ class Engine:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
 
         Raises:
-            RuntimeError: a tensor is not what it was at attach; `restore` then takes back what was done.
+            RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
         """
         state = self.state
-        slots, held = self._intact()
-        state.backup.copy_(state.buffer)
-        if self.backend != "cpp":
-            # the operator's own guards are cheaper, but other backends have none
-            self._check_tensors()
+        # the operators check everything, then keep a copy
+        keeps = self.backend == "cpp"
+        if not keeps:
+            state.backup.copy_(state.buffer)
         try:
+            if not keeps:
+                self._check_tensors()
             weights: list[Any] = [owner[key] for owner, key in self._places]
             if self._in_parts:
                 weights = [local(w) for w in weights]
             if self.processes is None:
+                slots, held = self._intact()
                 return self._functions.select_(state, weights, held, slots)
             if self._sums is None:
-                self._add_up(weights if state.splits_sums else [], held, slots)
+                self._add_up(weights if state.splits_sums else [])
             self._await_sums()
             return self._functions.choose_(state, [] if state.splits_sums else weights)
-        except Exception:
-            # the same complaint with the name of the tensor
-            self._check_tensors()
+        except BaseException as error:
+            if not keeps:
+                self.restore()
+            if isinstance(error, Exception):
+                # the same complaint with the name of the tensor
+                self._check_tensors()
             raise
 
     def begin(self) -> None:
         """Let the processes add up what they saw while the optimizer works, where no weight is needed for that."""
         self._await_sums()
         if not self.state.splits_sums:
-            slots, held = self._take_held()
-            self._add_up([], held, slots)
+            self._add_up([])
 
-    def _add_up(self, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+    def _add_up(self, weights: Sequence[Tensor]) -> None:
         assert self.processes is not None
+        slots, held = self._intact()
         self._functions.sum_(self.state, weights, held, slots)
+        # they are in the state now
+        self.finish()
         self._sums = self.processes.reduce_(self.state.flat[: self.state.reduced])
 
     def _await_sums(self) -> None:
@@ -277,13 +284,14 @@ class Engine:
         return taken
 
     def restore(self) -> None:
-        """Take back what `select` did."""
+        """Take back what the last `select` did."""
         self.state.buffer.copy_(self.state.backup)
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
         self.backend = backend_for(device, self._wanted, self.state.rule, self._split)
         self.state.to(device)
+        self._device = self.state.buffer.device
         self.forget_forwards()
 
     def state_dict(self) -> dict[str, Any]:
@@ -432,12 +440,12 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
         RuntimeError: a tensor is not what it was at attach, or cannot be reset. Nothing has changed then.
     """
     selected: list[Engine] = []
+    due = []
     try:
-        due = []
         for engine in engines:
-            selected.append(engine)
             if engine.select():
                 due.append(engine)
+            selected.append(engine)
         # what can be wrong is found here, before the first weight is written
         collected = [engine.collect(optimizers) for engine in due]
     except BaseException:

@@ -12,11 +12,14 @@ from .rules import Rule
 
 _library = Library("cbp_fast", "DEF")
 _library.define("capture_(Tensor(a!) state, Tensor plan, Tensor activations, int slot) -> ()")
-_library.define("select_(Tensor(a!) state, Tensor plan, Tensor[] weights, Tensor[] activations, int[] slots) -> int")
+_library.define(
+    "select_(Tensor(a!) state, Tensor(b!) backup, Tensor plan, Tensor[] weights, Tensor[] activations, int[] slots)"
+    " -> int"
+)
 _library.define(
     "sum_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights, Tensor[] activations, int[] slots) -> ()"
 )
-_library.define("choose_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights) -> int")
+_library.define("choose_(Tensor(a!) state, Tensor(b!) backup, Tensor plan, Tensor(c!) flat, Tensor[] weights) -> int")
 _library.define("reinit_(Tensor(a!) state, Tensor plan, Tensor(b!)[] tensors, int[] regions) -> ()")
 for _name in ("capture_", "select_", "sum_", "choose_", "reinit_"):
     # nothing here has a gradient: without a kernel of its own, autograd would look at every argument of every call

@@ -484,18 +484,44 @@ int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, co
   return chosen;
 }
 
-int64_t select_(Tensor buffer, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
+// A copy of the state before a step, by which the caller can take the step back; made when nothing can be wrong any
+// more. Should memory run out after that, the step takes itself back.
+class Kept {
+ public:
+  Kept(const Tensor& buffer, const Tensor& copy) : state_(buffer.mutable_data_ptr()), size_(buffer.numel()) {
+    CBP_CHECK(copy.is_cpu() && copy.scalar_type() == ScalarType::Byte && copy.is_contiguous() && copy.numel() == size_,
+              "the copy of the state must be as the state");
+    copy_ = copy.mutable_data_ptr();
+    std::memcpy(copy_, state_, size_);
+  }
+  Kept(const Kept&) = delete;
+  ~Kept() {
+    if (!done_) std::memcpy(state_, copy_, size_);
+  }
+  int64_t done(int64_t chosen) {
+    done_ = true;
+    return chosen;
+  }
+
+ private:
+  void *state_, *copy_;
+  int64_t size_;
+  bool done_ = false;
+};
+
+int64_t select_(Tensor buffer, Tensor copy, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
                 std::vector<int64_t> held_slots) {
   const Plan plan = checked_plan(buffer, table);
   const Fields f(*plan.header, buffer.mutable_data_ptr());
   Inputs inputs(plan, weights, held, std::move(held_slots));
+  Kept kept(buffer, copy);
   inputs.capture_all(plan, f);
   const Reached reached(plan, f);
-  if (!reached.any) return 0;
+  if (!reached.any) return kept.done(0);
   Scratch scratch(inputs.scratch() + plan.header->flat);
   double* flat = scratch.take<double>(plan.header->flat);
   sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return choose_reached(plan, f, flat, reached);
+  return kept.done(choose_reached(plan, f, flat, reached));
 }
 
 double* checked_flat(const Tensor& flat, const Plan& plan) {
@@ -537,20 +563,21 @@ void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, 
   sum_weights(plan, inputs.weights, needed, flat, scratch);
 }
 
-int64_t choose_(Tensor buffer, Tensor table, Tensor sums, std::vector<Tensor> weights) {
+int64_t choose_(Tensor buffer, Tensor copy, Tensor table, Tensor sums, std::vector<Tensor> weights) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
   const Fields f(h, buffer.mutable_data_ptr());
   double* flat = checked_flat(sums, plan);
   Inputs inputs(plan, weights, {}, {}, true);
+  Kept kept(buffer, copy);
   for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
   for_each_total(h, f, 0, h.columns, flat,
                  [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
   const Reached reached(plan, f);
-  if (!reached.any) return 0;
+  if (!reached.any) return kept.done(0);
   Scratch scratch(inputs.scratch());
   if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return choose_reached(plan, f, flat, reached);
+  return kept.done(choose_reached(plan, f, flat, reached));
 }
 
 Target target_of(const Tensor& t, const Region& region) {
