@@ -396,9 +396,9 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     _, number = torch.unique(signature, return_inverse=True)
     first = torch.full_like(number, BASE).scatter_reduce_(0, number, heads, "amin")
     candidates = []
-    for which in torch.argsort(first[: int(number.max()) + 1]).tolist():
-        mine = rows[:, number[index] == which]
-        own = heads[number == which]
+    owns, mines = _by_number(heads, number), _by_number(rows, number[index])
+    for which in torch.argsort(first[: len(owns)]).tolist():
+        own, mine = owns[which], mines[which]
         whole = _candidate(model, trace, facts, own, mine)
         parts = []
         if whole.reason.endswith(_IRREGULAR):
@@ -410,6 +410,11 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
             ]
         candidates += [whole] if not parts or any(part.reason for part in parts) else parts
     return candidates
+
+
+def _by_number(values: Tensor, number: Tensor) -> Sequence[Tensor]:
+    """The columns of `values` [..., E] that have number 0, 1, ..., in their order."""
+    return values[..., torch.argsort(number, stable=True)].split(torch.bincount(number).tolist(), -1)
 
 
 def _runs(positions: Tensor) -> list[int]:

@@ -222,6 +222,8 @@ class Nodes:
         rows, nodes = [], []
         while len(node):
             leaf = self.left[node] <= 0
+            if not rows and leaf.all():
+                return row, node
             rows.append(row[leaf])
             nodes.append(node[leaf])
             row, node = row[~leaf], node[~leaf]
