@@ -58,18 +58,19 @@ def _narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
     wide = torch.broadcast_tensors(*ids)
     shape = wide[0].shape
     for axis, size in enumerate(shape):
-        if size > 1 and all(t.stride(axis) == 0 for t in wide):
+        if size > 1 and all(_same_along(t, axis) for t in wide):
             wide = [t.narrow(axis, 0, 1) for t in wide]
     return list(wide), shape
+
+
+def _same_along(ids: Tensor, axis: int) -> bool:
+    # most often all positions hold the same, and what looks at many of them is slow
+    return ids.stride(axis) == 0 or (ids.numel() > 4096 and torch.equal(ids.narrow(axis, 0, 1).expand_as(ids), ids))
 
 
 def _kinds(ids: Tensor) -> Tensor:
     """The different ids, int64 [n]."""
     (ids,), _ = _narrow(ids)
-    # most often all positions hold the same, and sorting is slow
-    for axis in range(ids.dim()):
-        first = ids.narrow(axis, 0, min(1, ids.shape[axis]))
-        ids = first if torch.equal(first.expand(ids.shape), ids) else ids
     return torch.unique(ids)
 
 
