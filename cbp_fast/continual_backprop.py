@@ -162,10 +162,6 @@ class ContinualBackprop(Joinable):
     In several processes a centred utility, which measures distances from a running mean, takes the mean that the step
     before left: the mean of this step's samples is known to nobody while they come in.
 
-    Attributes:
-        rule: the `Rule`.
-        groups: the `UnitGroup`s, in forward order.
-
     Raises:
         ValueError: no unit groups were found, layers that do not fit together, numbers out of range, or unknown names.
         TypeError: an argument of a wrong kind.
@@ -200,7 +196,7 @@ class ContinualBackprop(Joinable):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
         super().__init__()
-        self.rule = Rule.make(rule)
+        self._rule = Rule.make(rule)
         self._optimizers = _optimizers(optimizer)
         wrapped, model = model, unwrapped(model)
         _check_not_compiled(model)
@@ -209,7 +205,7 @@ class ContinualBackprop(Joinable):
         self._patterns = (include, exclude)
         self._backend, self._seed = backend, seed
         self._engine: Engine
-        self.groups: list[UnitGroup] = []
+        self._groups: list[UnitGroup] = []
         self._places: list[_Place] = []
         self._modules: list[nn.Module | None] = []
         self._hooks: list[RemovableHandle] = []
@@ -248,18 +244,18 @@ class ContinualBackprop(Joinable):
             why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
             raise ValueError(f"the model has no unit group to work on:\n{why}")
         check_disjoint(resolved)
-        _check_clarena(self.rule, resolved)
+        _check_clarena(self._rule, resolved)
         _check_not_attached(self._model, resolved, self if self._hooks else None)
         _check_optimizers(self._optimizers, resolved)
         return resolved
 
     def _attach(self, resolved: list[ResolvedGroup], **options: Any) -> None:
         """Make the state of the groups and observe their readers."""
-        alike = {**options, "rule": self.rule, "backend": self._backend}
+        alike = {**options, "rule": self._rule, "backend": self._backend}
         processes = join_processes(self._wrapped, resolved, self._process_group, self._seed, alike)
         seed = processes.seed if processes else self._seed
-        self._engine = Engine(self.rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
-        self.groups = [group.unit_group() for group in resolved]
+        self._engine = Engine(self._rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
+        self._groups = [group.unit_group() for group in resolved]
         self._places = _places(self._model, resolved)
         self._modules = [place.module for place in self._places]
         self._hooks = [
@@ -281,7 +277,7 @@ class ContinualBackprop(Joinable):
             # the next forward tries again
             for handle in self._hooks:
                 handle.remove()
-            self._engine, self.groups, self._places, self._modules = cast(Engine, awaited), [], [], []
+            self._engine, self._groups, self._places, self._modules = cast(Engine, awaited), [], [], []
             self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
             raise
         finally:
@@ -345,7 +341,7 @@ class ContinualBackprop(Joinable):
             return
         if [place.children.get(place.key) for place in self._places] != self._modules:
             name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
-            raise RuntimeError(f"'{name}' was replaced after attaching; call refresh(), or remove() and attach again")
+            raise RuntimeError(f"'{name}' was replaced after attaching; call refresh()")
         if not self._heard:
             self._heard = True
             # of several processes one may be without data
@@ -421,6 +417,22 @@ class ContinualBackprop(Joinable):
         self._engine.to(torch.device(device))
         return self
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # of a setting that there is not, nobody would notice that nothing came of it
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"ContinualBackprop has no {name!r} to set")
+        super().__setattr__(name, value)
+
+    @property
+    def rule(self) -> Rule:
+        """What is computed and how units are re-initialised."""
+        return self._rule
+
+    @property
+    def groups(self) -> list[UnitGroup]:
+        """The unit groups, in forward order."""
+        return list(self._groups)
+
     @property
     def enabled(self) -> bool:
         """While False, forwards are not observed and steps do nothing."""
@@ -428,7 +440,9 @@ class ContinualBackprop(Joinable):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._engine.enabled = bool(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"enabled is {value!r}, must be True or False")
+        self._engine.enabled = value
 
     @property
     def backend(self) -> str:
@@ -577,6 +591,8 @@ def _filtered(
     def matches(option: str, patterns: str | Sequence[str]) -> set[str]:
         hits: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{option} holds {pattern!r}, must be patterns of group names, such as 'layers.*'")
             found = {group.name for group in groups if fnmatchcase(group.name, pattern)}
             if not found:
                 names = ", ".join(group.name for group in groups)

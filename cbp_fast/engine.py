@@ -383,7 +383,7 @@ class Engine:
 
     def _checked(self, ref: TensorRef) -> Tensor:
         tensor, of = ref.get(), f"{self.layer}: " if self.layer else ""
-        again = "make the layer anew" if self.layer else "detach with remove() and attach again"
+        again = "make the layer anew" if self.layer else "call refresh()"
         if tensor is None:
             raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
         if tensor.device != self.state.buffer.device:

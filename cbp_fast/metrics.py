@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .continual_backprop import ContinualBackprop
 from .reference import by_unit, columns_of
 from .state import Slot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .continual_backprop import ContinualBackprop
 
 _SCALARS = {
     "dormant": "share of dormant units",
@@ -161,6 +160,8 @@ class Monitor:
         samples: int = 512,
         writer: Writer | None = None,
     ) -> None:
+        if not isinstance(cbp, ContinualBackprop):
+            raise TypeError(f"cbp is a {type(cbp).__name__}, must be a ContinualBackprop attached to the model")
         for name, value in (("every", every), ("samples", samples)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Monitor: {name} is {value!r}, must be a positive integer")

@@ -220,7 +220,8 @@ class Nodes:
     def leaves(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Units, entries of parameters, data and mixes that `ids` [n] are made of: indices into it, and nodes."""
         row, node = torch.arange(len(ids), device="cpu"), ids
-        rows, nodes = [], []
+        rows: list[Tensor] = []
+        nodes: list[Tensor] = []
         while len(node):
             leaf = self.left[node] <= 0
             if not rows and leaf.all():

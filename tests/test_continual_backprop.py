@@ -167,6 +167,7 @@ BAD_ARGUMENTS = {
         ValueError,
         "does not hold 0.weight of group '0'",
     ),
+    "include of another type": ({"include": [3]}, TypeError, "include holds 3, must be patterns of group names"),
     "include": ({"include": "conv*"}, ValueError, r"include='conv\*'.* 0, 2"),
     "exclude": ({"exclude": ["0", "x"]}, ValueError, "exclude='x'"),
     "nothing left": ({"exclude": "*"}, ValueError, "no unit group"),
@@ -1101,3 +1102,21 @@ def test_an_optimizer_state_that_cannot_be_zeroed_stops_the_step_before_it_began
         cbp.step()
     assert everything(model, cbp) == before
     loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("replacment_rate", 0.5, AttributeError, "ContinualBackprop has no 'replacment_rate' to set"),
+        ("rule", "gnt", AttributeError, "rule"),
+        ("groups", [], AttributeError, "groups"),
+        ("enabled", "no", TypeError, "enabled is 'no', must be True or False"),
+    ],
+)
+def test_settings_that_are_none(name, value, error, message):
+    model = mlp()
+    cbp = ContinualBackprop(model, **EAGER)
+    before = repr(cbp)
+    with pytest.raises(error, match=message):
+        setattr(cbp, name, value)
+    assert repr(cbp) == before

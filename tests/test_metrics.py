@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import cbp_fast
 from cbp_fast.metrics import Monitor, dormant_units, effective_rank, plot, stable_rank, weight_magnitude
@@ -295,3 +296,8 @@ def test_the_history_is_plain_and_is_drawn(tmp_path):
 def test_bad_arguments_of_a_monitor(call, message):
     with pytest.raises(ValueError, match=message):
         call(attached()[2])
+
+
+def test_a_monitor_takes_the_attached_object():
+    with pytest.raises(TypeError, match="cbp is a Linear, must be a ContinualBackprop attached to the model"):
+        Monitor(nn.Linear(2, 2))
