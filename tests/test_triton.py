@@ -44,7 +44,7 @@ def check_on_triton(case):
 
 
 test_step_on_whole_numbers = settings(max_examples=15)(given(served)(check_on_triton))
-test_many_steps_on_whole_numbers = pytest.mark.slow(settings(max_examples=600)(given(served)(check_on_triton)))
+test_many_steps_on_whole_numbers = pytest.mark.slow(settings(max_examples=200)(given(served)(check_on_triton)))
 
 
 def mlp(widths, dtypes=(torch.float32,), seed=0):
