@@ -75,8 +75,8 @@ def main() -> None:
     print(f"{'':44} {'instructions':>14} {'committed':>14} {'change':>8}")
     for name, instructions in counts.items():
         then = before["instructions"].get(name)
-        change = f"{instructions / then - 1:+8.2%}" if then else ""
-        print(f"{name:44} {instructions:14,} {then or '-':>14,} {change}")
+        committed, change = (f"{then:,}", f"{instructions / then - 1:+8.2%}") if then else ("-", "")
+        print(f"{name:44} {instructions:14,} {committed:>14} {change}")
     for key, value in about.items():
         print(f"{key} {value}, committed {before['about'].get(key, '-')}")
     if args.write:

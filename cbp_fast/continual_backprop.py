@@ -335,11 +335,17 @@ class ContinualBackprop(Joinable):
             RuntimeError: after `remove()`, or if a parameter is not on the device, or not of the shape or type, that
                 it had when attached.
         """
+        if self._engine.processes is not None:
+            # begun for a step of the optimizer that never ended
+            self._engine.await_sums()
+        self._step()
+
+    def _step(self) -> None:
         self._check_attached()
         engine = self._engine
         if not engine.enabled:
             return
-        if [place.children.get(place.key) for place in self._places] != self._modules:
+        if [children.get(key) for children, key, _, _ in self._places] != self._modules:
             name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
             raise RuntimeError(f"'{name}' was replaced after attaching; call refresh()")
         if not self._heard:
@@ -363,10 +369,15 @@ class ContinualBackprop(Joinable):
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # a closure has forwards of its own, and of several optimizers the others may be followed by some
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        last = self._waiting <= {id(optimizer)}
-        if closure is None and last and self._hooks and self.enabled and self._engine.processes is not None:
+        last, engine = self._waiting <= {id(optimizer)}, self._engine
+        if engine.processes is None:
+            return
+        if closure is not None or not last or not self._hooks or not engine.enabled or engine.state.splits_sums:
+            engine.await_sums()
+        # where a step failed in this process alone and is tried again, the others are adding up already
+        elif not engine.begun:
             notify_join(self)
-            self._engine.begin()
+            engine.begin()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
@@ -378,7 +389,9 @@ class ContinualBackprop(Joinable):
         stepped = self._stepped
         self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
         if stepped:
-            self.step()
+            self._step()
+        elif self._engine.processes is not None:
+            self._engine.await_sums()
 
     def join_hook(self, **kwargs: Any) -> Any:
         """For `torch.distributed.algorithms.Join([ddp_model, cbp])`, where processes have more or less data.
@@ -386,7 +399,7 @@ class ContinualBackprop(Joinable):
         In this order, and with a step after every backward pass. A process that ran out of data takes over, in the end,
         the parameters and this state from one that had the most; the optimizer's state it does not.
         """
-        return join_hook_of(self._engine.processes, self._engine.state)
+        return join_hook_of(self._engine)
 
     @property
     def join_device(self) -> torch.device:
@@ -419,7 +432,7 @@ class ContinualBackprop(Joinable):
 
     def __setattr__(self, name: str, value: object) -> None:
         # of a setting that there is not, nobody would notice that nothing came of it
-        if not name.startswith("_") and not hasattr(type(self), name):
+        if type(self) is ContinualBackprop and not name.startswith("_") and not hasattr(type(self), name):
             raise AttributeError(f"ContinualBackprop has no {name!r} to set")
         super().__setattr__(name, value)
 

@@ -15,7 +15,7 @@ from .dtensors import Place, is_dtensor, place_of
 from .unit_groups import Member, ResolvedGroup, out_axis, read_width
 
 if TYPE_CHECKING:
-    from .state import State
+    from .engine import Engine
 
 if dist.is_available():
     from torch.distributed.algorithms.join import Join, JoinHook
@@ -210,9 +210,9 @@ def notify_join(joinable: Joinable) -> None:
     Join.notify_join_context(joinable)
 
 
-def join_hook_of(processes: Processes | None, state: State) -> JoinHook:
+def join_hook_of(engine: Engine) -> JoinHook:
     """What a process without data does while others still have some."""
-    return JoinHook() if processes is None else _JoinHook(processes, state)
+    return JoinHook() if engine.processes is None else _JoinHook(engine, engine.processes)
 
 
 if dist.is_available():
@@ -220,14 +220,16 @@ if dist.is_available():
     class _JoinHook(JoinHook):
         """Takes part in the reductions of the processes that still have data, and gets their state in the end."""
 
-        def __init__(self, processes: Processes, state: State) -> None:
-            self.processes, self.state = processes, state
+        def __init__(self, engine: Engine, processes: Processes) -> None:
+            self.engine, self.processes = engine, processes
 
         def main_hook(self) -> None:
-            self.processes.reduce_(torch.zeros_like(self.state.flat[: self.state.reduced])).wait()
+            if self.engine.enabled:
+                state = self.engine.state
+                self.processes.reduce_(torch.zeros_like(state.flat[: state.reduced])).wait()
 
         def post_hook(self, is_last_joiner: bool) -> None:
-            group, buffer = self.processes.group, self.state.buffer
+            group, buffer = self.processes.group, self.engine.state.buffer
             source = torch.tensor(dist.get_rank(group) if is_last_joiner else -1, device=buffer.device)
             dist.all_reduce(source, op=dist.ReduceOp.MAX, group=group)
             dist.broadcast(buffer, group=group, group_src=int(source))

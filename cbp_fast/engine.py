@@ -50,6 +50,34 @@ def unobserved() -> Iterator[None]:
         _here.unobserved = before
 
 
+class _Whole:
+    """What happens within leaves the state as it was if it raises, and complains of a tensor by its name.
+
+    The compiled operators check everything before they write, and keep the copy themselves.
+    """
+
+    __slots__ = ("check", "engine")
+
+    def __init__(self, engine: Engine, check: bool) -> None:
+        self.engine = engine
+        self.check = check
+
+    def __enter__(self) -> None:
+        engine = self.engine
+        if engine.backend != "cpp":
+            if self.check:
+                engine.check_tensors()
+            engine.state.backup.copy_(engine.state.buffer)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            return
+        if self.engine.backend != "cpp":
+            self.engine.restore()
+        if issubclass(kind, Exception):
+            self.engine.check_tensors()
+
+
 class Engine:
     """Collects activations of the groups' readers and performs their steps; used by the attached object and layers.
 
@@ -136,18 +164,13 @@ class Engine:
         return bool(self._held) or bool(self.state.count.any())
 
     @property
-    def begun(self) -> bool:
-        """Whether the processes are adding up what they saw."""
-        return self._sums is not None
-
-    @property
     def held_bytes(self) -> int:
         """Activations held until the next step."""
         return self._held_bytes
 
     def forget_forwards(self) -> None:
         """Drop what forwards since the last step have left."""
-        self._await_sums()
+        self.await_sums()
         self.finish()
         self.state.forget_forwards()
 
@@ -163,6 +186,7 @@ class Engine:
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
         if is_compiling():
             self._functions.capture_(self.state, slot, h)
+            self._captured = True
         # what torch.func's transforms run on is no batch, and does not outlive them
         elif is_functorch_wrapped_tensor(h) or _here.unobserved:
             return
@@ -171,6 +195,7 @@ class Engine:
             for earlier_slot, earlier in zip(*self._take_held(), strict=True):
                 self._functions.capture_(self.state, earlier_slot, earlier)
             self._functions.capture_(self.state, slot, h)
+            self._captured = True
         else:
             self._held_bytes = held
             self._held.append(h)
@@ -183,50 +208,49 @@ class Engine:
         Raises:
             RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
         """
-        state = self.state
-        # the operators check everything, then keep a copy
-        keeps = self.backend == "cpp"
-        if not keeps:
-            state.backup.copy_(state.buffer)
-        try:
-            if not keeps:
-                self._check_tensors()
-            weights: list[Any] = [owner[key] for owner, key in self._places]
-            if self._in_parts:
-                weights = [local(w) for w in weights]
-            if self.processes is None:
-                slots, held = self._intact()
-                return self._functions.select_(state, weights, held, slots)
-            if self._sums is None:
-                self._add_up(weights if state.splits_sums else [])
-            self._await_sums()
-            return self._functions.choose_(state, [] if state.splits_sums else weights)
-        except BaseException as error:
-            if not keeps:
-                self.restore()
-            if isinstance(error, Exception):
-                # the same complaint with the name of the tensor
-                self._check_tensors()
-            raise
+        if self.processes is not None:
+            return self._select_together()
+        with _Whole(self, check=True):
+            slots, held = self._intact()
+            return self._functions.select_(self.state, self._weights(), held, slots)
+
+    def _select_together(self) -> int:
+        splits = self.state.splits_sums
+        if self._sums is None:
+            self._add_up(splits)
+        self.await_sums()
+        with _Whole(self, check=True):
+            return self._functions.choose_(self.state, [] if splits else self._weights())
 
     def begin(self) -> None:
-        """Let the processes add up what they saw while the optimizer works, where no weight is needed for that."""
-        self._await_sums()
-        if not self.state.splits_sums:
-            self._add_up([])
+        """Let the processes add up what they saw, while the optimizer works; no weight may be needed for that."""
+        self.await_sums()
+        self._add_up(with_weights=False)
 
-    def _add_up(self, weights: Sequence[Tensor]) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether the processes are adding up all that this one saw."""
+        return self._sums is not None and not self._held and not self._captured
+
+    def await_sums(self) -> None:
+        """Wait for what the processes are adding up, if they are; it is forgotten unless a step uses it at once."""
+        sums, self._sums = self._sums, None
+        if sums is not None:
+            sums.wait()
+
+    def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
-        slots, held = self._intact()
-        self._functions.sum_(self.state, weights, held, slots)
+        with _Whole(self, check=with_weights):
+            slots, held = self._intact()
+            self._functions.sum_(self.state, self._weights() if with_weights else [], held, slots)
         # they are in the state now
         self.finish()
         self._sums = self.processes.reduce_(self.state.flat[: self.state.reduced])
 
-    def _await_sums(self) -> None:
-        sums, self._sums = self._sums, None
-        if sums is not None:
-            sums.wait()
+    def _weights(self) -> list[Tensor]:
+        """The weights that the rule reads, or this process's parts."""
+        weights: list[Any] = [owner[key] for owner, key in self._places]
+        return [local(w) for w in weights] if self._in_parts else weights
 
     def collect(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
         """Regions of the chosen units and their tensors, with their entries in the optimizers' state.
@@ -268,6 +292,8 @@ class Engine:
         self._slots: list[int] = []
         self._versions: list[int] = []
         self._held_bytes = 0
+        # whether forwards are in the state that are in no sums of the processes
+        self._captured = False
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
         """Slots and activations held, less those that were changed in place since."""
@@ -375,7 +401,8 @@ class Engine:
         state.seed.copy_(theirs.seed)
         state.step.copy_(theirs.step)
 
-    def _check_tensors(self) -> None:
+    def check_tensors(self) -> None:
+        """Raises RuntimeError for a tensor that is not what it was at attach."""
         for region in self.state.regions:
             self._checked(region.ref)
         for ref in self.state.weights:

@@ -184,11 +184,12 @@ def test_a_layer_that_some_ranks_use_in_some_steps(tmp_path):
     assert one["b age"].tolist() == [3] * 6
 
 
-def _train_uneven(rank, size):
+def _train_uneven(rank, size, enabled):
     model = network((12, 8))
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     cbp = attach(ddp, optimizer, Run())
+    cbp.enabled = enabled
     with Join([ddp, cbp]):
         for x, y in batches(10 if rank == 0 else 14):
             optimizer.zero_grad()
@@ -197,9 +198,10 @@ def _train_uneven(rank, size):
     return everything(ddp, optimizer, cbp)
 
 
-def test_processes_that_run_out_of_data_at_different_times(tmp_path):
-    one, other = run(2, _train_uneven, folder=tmp_path)
-    assert one["step"] == 14
+@pytest.mark.parametrize("enabled", [True, False])
+def test_processes_that_run_out_of_data_at_different_times(enabled, tmp_path):
+    one, other = run(2, _train_uneven, enabled, folder=tmp_path)
+    assert one["step"] == (14 if enabled else 0)
     assert differences(one, other) == []
 
 
@@ -253,7 +255,7 @@ def _overlapped(rank, size, how):
             optimizers[0].step(loss)
             continue
         loss()
-        if how == "failing" and step == 5:
+        if step == 5 and (how == "failing" or (how == "failing alone" and rank == 0)):
             hook = optimizers[0].register_step_pre_hook(lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 optimizers[0].step()
@@ -272,16 +274,70 @@ def _overlapped(rank, size, how):
 
 def test_sums_are_reduced_while_the_optimizer_works(tmp_path):
     results = {}
-    for how in ("by hand", "overlapped", "closure", "two optimizers", "failing", "skipped"):
+    for how in ("by hand", "overlapped", "closure", "two optimizers", "failing", "failing alone", "skipped"):
         (early, one), (_, other) = run(2, _overlapped, how, folder=tmp_path / how)
         assert differences(one, other) == []
         # the first of two optimizers does not move this weight
-        again = how in ("failing", "skipped")
-        assert early == [how not in ("by hand", "closure")] * (20 + again)
+        assert early == [how not in ("by hand", "closure")] * (20 + (how == "skipped"))
         results[how] = one
     assert results["by hand"]["0 num_replaced"] > 10
-    for how in ("overlapped", "closure", "two optimizers", "failing", "skipped"):
+    for how in results:
         assert differences(results["by hand"], results[how]) == [], how
+
+
+def _after_a_skipped_step(rank, size, backend, capture, then):
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -2.0]]))
+    model = nn.Sequential(nn.Linear(3, 2), layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    options = {"decay_rate": 0.0, "backend": backend, "capture": capture}
+    cbp = ContinualBackprop(model, optimizer, groups=UnitGroup("g", "0", "1"), **options)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    layer(torch.full((2, 2), 1.0))
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    layer(torch.full((2, 2), 3.0))
+    {"step": optimizer.step, "closure": lambda: optimizer.step(lambda: None), "by hand": cbp.step}[then]()
+    return cbp.utility["g"].tolist()
+
+
+@pytest.mark.parametrize("then", ["step", "closure", "by hand"])
+@pytest.mark.parametrize(("backend", "capture"), [("cpp", "deferred"), ("cpp", "inline"), ("reference", "deferred")])
+def test_forwards_before_and_after_a_skipped_step_count(backend, capture, then, tmp_path):
+    assert run(2, _after_a_skipped_step, backend, capture, then, folder=tmp_path) == [[1.0, 4.0]] * 2
+
+
+def _fail_to_reset(rank, size, backend, begun):
+    model = network((12, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    cbp = attach(model, optimizer, Run(backend=backend, replacement_rate=0.3))
+    for x, y in batches(6):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    nn.functional.mse_loss(model(x), y).backward()
+    before = everything(model, optimizer, cbp)
+    weight = model[0].weight
+    optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight).to_sparse()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="must be dense"):
+        optimizer.step() if begun else cbp.step()
+    del optimizer.state[weight]["momentum_buffer"]
+    changed = differences(before, everything(model, optimizer, cbp))
+    replaced = sum(cbp.num_replaced.values())
+    cbp.step()
+    return changed, sum(cbp.num_replaced.values()) - replaced
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_step_that_cannot_reset_leaves_its_forwards_for_the_next(backend, begun, tmp_path):
+    for changed, replaced in run(2, _fail_to_reset, backend, begun, folder=tmp_path):
+        assert changed == []
+        assert replaced > 0
 
 
 def _replaced_moments(rank, size):
