@@ -36,6 +36,8 @@ results: .venv/built
 	$(BIN)/cbp-fast bench --threads 2 --seconds 8 --no-compile --cases "3 x 4096" "3 x 1024" \
 		--json $(RESULTS)/bench_two_threads.json \
 		--csv $(RESULTS)/bench_two_threads.csv | tee $(RESULTS)/bench_two_threads.txt
+	$(BIN)/cbp-fast bench --threads 2 --seconds 2 --suite kernels --csv $(RESULTS)/bench_kernels_two_threads.csv \
+		| tee $(RESULTS)/bench_kernels_two_threads.txt
 
 # under valgrind, which has to be installed; ARGS=--write keeps the counts
 instructions: .venv/built

@@ -335,12 +335,6 @@ class ContinualBackprop(Joinable):
             RuntimeError: after `remove()`, or if a parameter is not on the device, or not of the shape or type, that
                 it had when attached.
         """
-        if self._engine.processes is not None:
-            # begun for a step of the optimizer that never ended
-            self._engine.await_sums()
-        self._step()
-
-    def _step(self) -> None:
         self._check_attached()
         engine = self._engine
         if not engine.enabled:
@@ -389,7 +383,7 @@ class ContinualBackprop(Joinable):
         stepped = self._stepped
         self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
         if stepped:
-            self._step()
+            self.step()
         elif self._engine.processes is not None:
             self._engine.await_sums()
 

@@ -216,7 +216,8 @@ class Engine:
 
     def _select_together(self) -> int:
         splits = self.state.splits_sums
-        if self._sums is None:
+        if not self.begun:
+            self.await_sums()
             self._add_up(splits)
         self.await_sums()
         with _Whole(self, check=True):
