@@ -94,6 +94,22 @@ def test_convolutions_choose_as_the_reference(channels_last):
     assert mine == theirs
 
 
+def test_a_group_of_131072_units():
+    results = []
+    for device, backend in (("cuda", "triton"), ("cpu", "reference")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 2**17), nn.Linear(2**17, 1))
+        model[1].weight.data.copy_(torch.randint(-50, 50, model[1].weight.shape))
+        h = torch.randint(-9, 10, (4, 2**17)).float()
+        cbp = attach(model.to(device), None, backend=backend, replacement_rate=0.5, maturity_threshold=0)
+        cbp._engine.record(0, h.to(device))
+        cbp.step()
+        results.append([t.detach().cpu() for t in (*cbp.last_replaced.values(), *model.parameters())])
+    assert len(results[0][0]) == 2**16
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_activations_past_two_to_the_31():
     model = nn.Sequential(nn.Linear(1, 16), nn.Linear(16, 1)).to("cuda", torch.float16)
     cbp = attach(model, None, replacement_rate=0.0, decay_rate=0.0)

@@ -169,6 +169,22 @@ def test_units_round_the_size_of_a_block(units):
     assert len(results[0][0]) == units // 2
 
 
+@pytest.mark.slow
+def test_a_group_of_131072_units():
+    units, results = 2**17, []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        reader = nn.Linear(units, 1)
+        reader.weight.data.copy_(torch.randint(-50, 50, reader.weight.shape))
+        cbp = engine_of([([nn.Linear(1, units)], [reader])], backend=backend, replacement_rate=0.001)
+        cbp._engine.record(0, torch.randint(-9, 10, (2, units)).float())
+        cbp.step()
+        results.append((cbp.last_replaced["g0"], cbp.utility["g0"], cbp.age["g0"]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert len(results[0][0]) == 131
+
+
 @pytest.mark.parametrize(
     ("rate", "tied"),
     [
