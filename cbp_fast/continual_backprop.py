@@ -239,10 +239,14 @@ class ContinualBackprop(Joinable):
         if isinstance(groups, UnitGroup):
             groups = [groups]
         found = find_unit_groups(self._model, example_inputs) if groups is None else list(groups)
-        resolved = _filtered(_in_forward_order([resolve(self._model, group) for group in found]), *self._patterns)
-        if not resolved:
+        every = _in_forward_order([resolve(self._model, group) for group in found])
+        if not every:
             why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
             raise ValueError(f"the model has no unit group to work on:\n{why}")
+        resolved = _filtered(every, *self._patterns)
+        if not resolved:
+            names = ", ".join(group.name for group in every)
+            raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {names}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
         _check_not_attached(self._model, resolved, self if self._hooks else None)

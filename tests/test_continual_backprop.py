@@ -170,7 +170,7 @@ BAD_ARGUMENTS = {
     "include of another type": ({"include": [3]}, TypeError, "include holds 3, must be patterns of group names"),
     "include": ({"include": "conv*"}, ValueError, r"include='conv\*'.* 0, 2"),
     "exclude": ({"exclude": ["0", "x"]}, ValueError, "exclude='x'"),
-    "nothing left": ({"exclude": "*"}, ValueError, "no unit group"),
+    "nothing left": ({"exclude": "*"}, ValueError, "include= and exclude= leave no unit group .* 0, 2"),
     "no groups": ({"groups": []}, ValueError, "groups is empty"),
     "widths": ({"groups": [UnitGroup("g", ["0"], ["0"])]}, ValueError, "'0'"),
     "unknown layer": ({"groups": [UnitGroup("g", ["0"], ["7"])]}, ValueError, "no module '7'"),
