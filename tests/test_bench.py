@@ -1,6 +1,7 @@
 """`cbp-fast bench`: what is compared computes the same, and every suite runs, prints and writes what it measured."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -265,3 +266,17 @@ def test_the_picture_of_shares_takes_the_best_allocator(tmp_path):
     about = {"cpu": "a CPU", "device": "cpu", "threads": 1, "torch": "2"}
     (path,) = report.plot(tmp_path, about, rows)
     assert path.name == "share_of_training.png"
+
+
+@pytest.mark.slow
+# the compiler's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_what_the_benchmark_for_gpus_compares_runs(monkeypatch):
+    """In Triton's interpreter, with the clock taken out: a GPU is not there, and what nobody runs would rot."""
+    path = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(gpu, "seconds", lambda step: step() or step() or 1.0)
+    found = gpu.measure(gpu.Net(2, 16, 0, 4, torch.float32), "cpu")
+    assert found == {"triton": 1.0, "reference": 1.0, "compiled reference": 1.0, "bytes": 2 * 4 * (16 * 16 + 4 * 16)}
