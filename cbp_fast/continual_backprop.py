@@ -207,7 +207,7 @@ class ContinualBackprop(Joinable):
         self._engine: Engine
         self._groups: list[UnitGroup] = []
         self._places: list[_Place] = []
-        self._modules: list[nn.Module | None] = []
+        self._follow_places()
         self._hooks: list[RemovableHandle] = []
         hyper = {
             "replacement_rate": replacement_rate,
@@ -228,7 +228,8 @@ class ContinualBackprop(Joinable):
 
     def _follow_optimizers(self) -> None:
         # which of the optimizers are still to step in this round, and whether one has not skipped its update
-        self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
+        self._every = frozenset(map(id, self._optimizers))
+        self._waiting, self._stepped = set(self._every), False
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
         if several_processes():
             self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
@@ -261,11 +262,17 @@ class ContinualBackprop(Joinable):
         self._engine = Engine(self._rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
         self._groups = [group.unit_group() for group in resolved]
         self._places = _places(self._model, resolved)
-        self._modules = [place.module for place in self._places]
+        self._follow_places()
         self._hooks = [
             slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
             for i, slot in enumerate(self._engine.state.slots)
         ]
+
+    def _follow_places(self) -> None:
+        # apart, as each step compares them at once
+        self._parents = [place.children for place in self._places]
+        self._keys = [place.key for place in self._places]
+        self._modules: list[nn.Module | None] = [place.module for place in self._places]
 
     def _attach_in_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the groups by what a training forward is given, and observe it already."""
@@ -281,7 +288,8 @@ class ContinualBackprop(Joinable):
             # the next forward tries again
             for handle in self._hooks:
                 handle.remove()
-            self._engine, self._groups, self._places, self._modules = cast(Engine, awaited), [], [], []
+            self._engine, self._groups, self._places = cast(Engine, awaited), [], []
+            self._follow_places()
             self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
             raise
         finally:
@@ -343,7 +351,7 @@ class ContinualBackprop(Joinable):
         engine = self._engine
         if not engine.enabled:
             return
-        if [children.get(key) for children, key, _, _ in self._places] != self._modules:
+        if list(map(dict.get, self._parents, self._keys)) != self._modules:
             name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
             raise RuntimeError(f"'{name}' was replaced after attaching; call refresh()")
         if not self._heard:
@@ -384,8 +392,8 @@ class ContinualBackprop(Joinable):
         self._stepped |= not skipped(optimizer)
         if self._waiting:
             return
-        stepped = self._stepped
-        self._waiting, self._stepped = {id(o) for o in self._optimizers}, False
+        stepped, self._stepped = self._stepped, False
+        self._waiting |= self._every
         if stepped:
             self.step()
         elif self._engine.processes is not None:

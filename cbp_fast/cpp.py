@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.library import Library, fallthrough_kernel
 
 from . import __version__
 from .state import State
 
+# an operator, so that torch.compile keeps it in its graphs; the compiled module has its kernel
+_library = Library("cbp_fast", "DEF")
+_library.define("capture_(Tensor(a!) state, Tensor plan, Tensor activations, int slot) -> ()")
+# nothing here has a gradient: without a kernel of its own, autograd would look at every argument of every call
+_library.impl("capture_", fallthrough_kernel, "Autograd")
+_library.impl("capture_", lambda state, plan, activations, slot: None, "Meta")
+
 try:
-    from . import _C as _C  # registers the kernels of the operators below
+    from . import _C
 except ImportError as error:
     found = ", ".join(path.name for path in Path(__file__).parent.glob("_C.*.*")) or "no file"
     fix = "--no-build-isolation --force-reinstall --no-deps cbp_fast    (in a checkout: . for cbp_fast)"
@@ -26,32 +34,34 @@ except ImportError as error:
     ) from error
 
 _capture = torch.ops.cbp_fast.capture_.default
-_select = torch.ops.cbp_fast.select_.default
-_sum = torch.ops.cbp_fast.sum_.default
-_choose = torch.ops.cbp_fast.choose_.default
-_reinit = torch.ops.cbp_fast.reinit_.default
+
+# bytes of a tensor's elements; -1 where it has no memory of its own on the CPU, as what torch.func's transforms run on
+nbytes = _C.nbytes
 
 
 def capture_(state: State, slot: int, h: Tensor) -> None:
     """See `reference.capture_`."""
-    _capture(state.buffer, state.plan, h, slot)
+    if is_compiling():
+        _capture(state.buffer, state.plan, h, slot)
+    else:
+        _C.capture_(state.buffer, state.plan, h, slot)
 
 
-def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
+def select_(state: State, weights: list[Tensor], held: list[Tensor], slots: list[int]) -> int:
     """See `reference.select_`; keeps a copy in `state.backup`, and what it raises has changed nothing."""
-    return _select(state.buffer, state.backup, state.plan, weights, held, slots)
+    return _C.select_(state.buffer, state.backup, state.plan, weights, held, slots)
 
 
-def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
+def sum_(state: State, weights: list[Tensor], held: list[Tensor], slots: list[int]) -> None:
     """See `reference.sum_`."""
-    _sum(state.buffer, state.plan, state.flat, weights, held, slots)
+    _C.sum_(state.buffer, state.plan, state.flat, weights, held, slots)
 
 
-def choose_(state: State, weights: Sequence[Tensor]) -> int:
+def choose_(state: State, weights: list[Tensor]) -> int:
     """See `reference.choose_`; as `select_` in what it keeps."""
-    return _choose(state.buffer, state.backup, state.plan, state.flat, weights)
+    return _C.choose_(state.buffer, state.backup, state.plan, state.flat, weights)
 
 
-def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
     """See `reference.reinit_`."""
-    _reinit(state.buffer, state.plan, tensors, regions)
+    _C.reinit_(state.buffer, state.plan, tensors, regions)

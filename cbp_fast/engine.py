@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import compress
-from types import ModuleType
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from . import cpp
 from .distributed import Processes
 from .dtensors import is_dtensor, local, local_activations
-from .ops import backend_for, module_of, why_not_triton
+from .ops import backend_for, functions_of, why_not_triton
 from .optimizer_state import slots_of
 from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
@@ -50,35 +52,7 @@ def unobserved() -> Iterator[None]:
         _here.unobserved = before
 
 
-class _Whole:
-    """What happens within leaves the state as it was if it raises, and complains of a tensor by its name.
-
-    The compiled operators check everything before they write, and keep the copy themselves.
-    """
-
-    __slots__ = ("check", "engine")
-
-    def __init__(self, engine: Engine, check: bool) -> None:
-        self.engine = engine
-        self.check = check
-
-    def __enter__(self) -> None:
-        engine = self.engine
-        if engine.backend != "cpp":
-            if self.check:
-                engine.check_tensors()
-            engine.state.backup.copy_(engine.state.buffer)
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            return
-        if self.engine.backend != "cpp":
-            self.engine.restore()
-        if issubclass(kind, Exception):
-            try:
-                self.engine.check_tensors()
-            except RuntimeError as named:
-                raise named from None
+_version_of = attrgetter("_version")
 
 
 class Engine:
@@ -116,7 +90,7 @@ class Engine:
         self.enabled = True
         self._room = _HELD_BYTES[capture]
         self._split = processes is not None and processes.split
-        self.backend = backend_for(device, backend, rule, self._split)
+        self._choose_backend(rule)
         self.groups = list(groups)
         self.processes = processes
         # of all processes, under way
@@ -127,7 +101,8 @@ class Engine:
             self.state.deviations = processes.of_first(self.state.deviations)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
-        self._places = [(ref.owner, ref.key) for ref in self.state.weights]
+        self._owners = [ref.owner for ref in self.state.weights]
+        self._keys = [ref.key for ref in self.state.weights]
         self._in_parts = any(ref.place.is_dtensor for ref in self.state.weights) or any(
             region.ref.place.is_dtensor for region in self.state.regions
         )
@@ -138,9 +113,10 @@ class Engine:
         self._inline = [False] * len(self.state.slots)
         self.forget_forwards()
 
-    @property
-    def _functions(self) -> ModuleType:
-        return module_of(self.backend)
+    def _choose_backend(self, rule: Rule) -> None:
+        self.backend = backend_for(self._device, self._wanted, rule, self._split)
+        self._functions = functions_of(self.backend)
+        self._nbytes = cpp.nbytes if self.backend == "cpp" else partial(_nbytes, self._device)
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -182,22 +158,25 @@ class Engine:
         if type(h) is not Tensor and is_dtensor(h):
             h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
         # what is on another device may belong to a model that is being moved
-        if not self.enabled or h.device != self._device:
+        if not self.enabled:
             return
-        h = h.detach()
-        held = self._held_bytes + h.nbytes
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
         if is_compiling():
-            self._functions.capture_(self.state, slot, h)
-            self._captured = True
-        # what torch.func's transforms run on is no batch, and does not outlive them
-        elif is_functorch_wrapped_tensor(h) or _here.unobserved:
+            if h.device == self._device:
+                self._functions.capture_(self.state, slot, h.detach())
+                self._captured = True
             return
-        elif held > self._room or self._inline[slot]:
+        nbytes = self._nbytes(h)
+        if nbytes < 0 or _here.unobserved:
+            return
+        h = h.detach()
+        held = self._held_bytes + nbytes
+        # a tensor that is the negative of its memory does not show that to the kernels
+        if held > self._room or self._inline[slot] or h.is_neg():
             # in the order of the forwards, on which a running mean depends
             for earlier_slot, earlier in zip(*self._take_held(), strict=True):
                 self._functions.capture_(self.state, earlier_slot, earlier)
-            self._functions.capture_(self.state, slot, h)
+            self._functions.capture_(self.state, slot, h.resolve_neg())
             self._captured = True
         else:
             self._held_bytes = held
@@ -213,9 +192,8 @@ class Engine:
         """
         if self.processes is not None:
             return self._select_together()
-        with _Whole(self, check=True):
-            slots, held = self._intact()
-            return self._functions.select_(self.state, self._weights(), held, slots)
+        slots, held = self._intact()
+        return self._whole(self._functions.select_, True, held, slots)
 
     def _select_together(self) -> int:
         splits = self.state.splits_sums
@@ -223,8 +201,7 @@ class Engine:
             self.await_sums()
             self._add_up(splits)
         self.await_sums()
-        with _Whole(self, check=True):
-            return self._functions.choose_(self.state, [] if splits else self._weights())
+        return self._whole(self._functions.choose_, not splits)
 
     def begin(self) -> None:
         """Let the processes add up what they saw, while the optimizer works; no weight may be needed for that."""
@@ -244,16 +221,35 @@ class Engine:
 
     def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
-        with _Whole(self, check=with_weights):
-            slots, held = self._intact()
-            self._functions.sum_(self.state, self._weights() if with_weights else [], held, slots)
+        slots, held = self._intact()
+        self._whole(self._functions.sum_, with_weights, held, slots)
         # they are in the state now
         self.finish()
         self._sums = self.processes.reduce_(self.state.flat[: self.state.reduced])
 
+    def _whole(self, function: Callable[..., Any], with_weights: bool, *args: object) -> Any:
+        """What a function of the backend returns; if it raises, the state is as before, and a tensor is named."""
+        # the compiled functions check everything before they write, and keep the copy themselves
+        keeps = self.backend == "cpp"
+        if not keeps:
+            if with_weights:
+                self.check_tensors()
+            self.state.backup.copy_(self.state.buffer)
+        try:
+            return function(self.state, self._weights() if with_weights else [], *args)
+        except BaseException as error:
+            if not keeps:
+                self.restore()
+            if isinstance(error, Exception):
+                try:
+                    self.check_tensors()
+                except RuntimeError as named:
+                    raise named from None
+            raise
+
     def _weights(self) -> list[Tensor]:
         """The weights that the rule reads, or this process's parts."""
-        weights: list[Any] = [owner[key] for owner, key in self._places]
+        weights: list[Any] = list(map(getitem, self._owners, self._keys))
         return [local(w) for w in weights] if self._in_parts else weights
 
     def collect(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
@@ -301,7 +297,7 @@ class Engine:
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
         """Slots and activations held, less those that were changed in place since."""
-        if [h._version for h in self._held] == self._versions:
+        if list(map(_version_of, self._held)) == self._versions:
             return self._slots, self._held
         fresh = [h._version == v for h, v in zip(self._held, self._versions, strict=True)]
         for slot, same in zip(self._slots, fresh, strict=True):
@@ -319,9 +315,10 @@ class Engine:
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
-        self.backend = backend_for(device, self._wanted, self.state.rule, self._split)
+        backend_for(device, self._wanted, self.state.rule, self._split)
         self.state.to(device)
         self._device = self.state.buffer.device
+        self._choose_backend(self.state.rule)
         self.forget_forwards()
 
     def state_dict(self) -> dict[str, Any]:
@@ -470,23 +467,31 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
     Raises:
         RuntimeError: a tensor is not what it was at attach, or cannot be reset. Nothing has changed then.
     """
-    selected: list[Engine] = []
-    due = []
+    if is_compiling():
+        # a step belongs into no graph
+        return torch.compiler.disable(step_together)(engines, optimizers)
+    chosen: list[int] = []
+    due: list[tuple[Engine, list[int], list[Tensor]]] = []
     try:
         for engine in engines:
-            if engine.select():
-                due.append(engine)
-            selected.append(engine)
+            chosen.append(engine.select())
         # what can be wrong is found here, before the first weight is written
-        collected = [engine.collect(optimizers) for engine in due]
+        if any(chosen):
+            due = [(engine, *engine.collect(optimizers)) for engine, n in zip(engines, chosen, strict=True) if n]
     except BaseException:
-        for engine in selected:
+        for engine, _ in zip(engines, chosen, strict=False):
             engine.restore()
         raise
-    for engine, (numbers, tensors) in zip(due, collected, strict=True):
+    for engine, numbers, tensors in due:
         engine.reinit(numbers, tensors)
     for engine in engines:
         engine.finish()
+
+
+def _nbytes(device: torch.device, h: Tensor) -> int:
+    # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
+    # batch, and does not outlive them
+    return -1 if h.device != device or is_functorch_wrapped_tensor(h) else h.nbytes
 
 
 def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:

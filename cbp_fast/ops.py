@@ -1,44 +1,42 @@
-"""The schemas of the compiled operators, and the backends by name."""
+"""The backends by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from torch.library import Library, fallthrough_kernel
 
+from . import cpp, reference
 from .rules import Rule
-
-_library = Library("cbp_fast", "DEF")
-_library.define("capture_(Tensor(a!) state, Tensor plan, Tensor activations, int slot) -> ()")
-_library.define(
-    "select_(Tensor(a!) state, Tensor(b!) backup, Tensor plan, Tensor[] weights, Tensor[] activations, int[] slots)"
-    " -> int"
-)
-_library.define(
-    "sum_(Tensor(a!) state, Tensor plan, Tensor(b!) flat, Tensor[] weights, Tensor[] activations, int[] slots) -> ()"
-)
-_library.define("choose_(Tensor(a!) state, Tensor(b!) backup, Tensor plan, Tensor(c!) flat, Tensor[] weights) -> int")
-_library.define("reinit_(Tensor(a!) state, Tensor plan, Tensor(b!)[] tensors, int[] regions) -> ()")
-for _name in ("capture_", "select_", "sum_", "choose_", "reinit_"):
-    # nothing here has a gradient: without a kernel of its own, autograd would look at every argument of every call
-    _library.impl(_name, fallthrough_kernel, "Autograd")
-# torch.compile keeps the capture in its graph
-_library.impl("capture_", lambda state, plan, activations, slot: None, "Meta")
-
-from . import cpp, reference  # noqa: E402 - importing the compiled module needs the schemas
 
 BACKENDS = ("reference", "cpp", "triton")
 
 
-def module_of(backend: str) -> ModuleType:
-    """The functions of a backend; that of Triton is imported on first use."""
+class Functions(NamedTuple):
+    """What every backend does; `reference` says what."""
+
+    capture_: Callable[..., None]
+    select_: Callable[..., int]
+    sum_: Callable[..., None]
+    choose_: Callable[..., int]
+    reinit_: Callable[..., None]
+
+
+def _module_of(backend: str) -> ModuleType:
+    # that of Triton is imported on first use
     if backend == "triton":
         from . import triton_backend
 
         return triton_backend
     return cpp if backend == "cpp" else reference
+
+
+def functions_of(backend: str) -> Functions:
+    """The functions of a backend."""
+    return Functions(*(getattr(_module_of(backend), name) for name in Functions._fields))
 
 
 def why_not_triton(rule: Rule, device: torch.device, split: bool) -> str | None:
@@ -47,7 +45,7 @@ def why_not_triton(rule: Rule, device: torch.device, split: bool) -> str | None:
         return f"serves CUDA and ROCm devices and the model is on {device}"
     if find_spec("triton") is None:
         return "is not installed"
-    return module_of("triton").why_not(rule, device, split)
+    return _module_of("triton").why_not(rule, device, split)
 
 
 def backend_for(device: torch.device, name: str | None, rule: Rule, split: bool = False) -> str:

@@ -1,11 +1,21 @@
-// The Python module: what is no operator on tensors.
+// The Python module.
+//
+// The functions of a step get tensors as PyTorch shows them to DLPack (`torch.Tensor.__dlpack_c_exchange_api__`), with
+// no call of the dispatcher: in a training loop, where its code is out of the caches, it takes longer than the sums of
+// a small network.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "dlpack.h"
 #include "isa.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -49,9 +59,132 @@ std::vector<float> philox_uniform(uint64_t seed, uint32_t step, uint32_t stream,
   return out;
 }
 
+PyTypeObject* tensor_type;
+int (*tensor_of)(void*, dlpack::Tensor*);
+
+void find_exchange() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!api) throw py::error_already_set();
+  const auto* header = static_cast<const dlpack::ExchangeHeader*>(api);
+  while (header && header->version.major != 1) header = header->older;
+  if (header) tensor_of = reinterpret_cast<const dlpack::Exchange1*>(header)->tensor_of;
+  if (!tensor_of) throw py::import_error("this PyTorch does not show its tensors by DLPack 1");
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+}
+
+cbp::ScalarType type_of(const dlpack::Tensor& t) {
+  using cbp::ScalarType;
+  switch (t.dtype.lanes == 1 ? t.dtype.code << 8 | t.dtype.bits : -1) {
+    case dlpack::FLOAT << 8 | 16:
+      return ScalarType::Half;
+    case dlpack::BFLOAT << 8 | 16:
+      return ScalarType::BFloat16;
+    case dlpack::FLOAT << 8 | 32:
+      return ScalarType::Float;
+    case dlpack::FLOAT << 8 | 64:
+      return ScalarType::Double;
+    case dlpack::INT << 8 | 64:
+      return ScalarType::Long;
+    case dlpack::UINT << 8 | 8:
+      return ScalarType::Byte;
+    default:
+      return ScalarType::Undefined;
+  }
+}
+
+void read(PyObject* from, int64_t& to) {
+  to = PyLong_AsLongLong(from);
+  if (to == -1 && PyErr_Occurred()) throw py::error_already_set();
+}
+
+void read(PyObject* from, cbp::Array& to) {
+  if (!PyObject_TypeCheck(from, tensor_type))
+    throw py::type_error(std::string("cbp_fast: a ") + Py_TYPE(from)->tp_name + " stands for a torch.Tensor");
+  dlpack::Tensor t;
+  if (tensor_of(from, &t) != 0) throw py::error_already_set();
+  void* data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
+  to = {data, type_of(t), t.ndim, t.shape, t.strides, t.device.type == dlpack::CPU};
+}
+
+template <typename T>
+void read(PyObject* from, std::vector<T>& to) {
+  if (!PyList_Check(from))
+    throw py::type_error(std::string("cbp_fast: a ") + Py_TYPE(from)->tp_name + " stands for a list");
+  const Py_ssize_t n = PyList_GET_SIZE(from);
+  to.resize(n);
+  for (Py_ssize_t i = 0; i < n; ++i) read(PyList_GET_ITEM(from, i), to[i]);
+}
+
+// A C++ function on arrays and numbers as one of Python.
+template <auto FUNCTION>
+struct Call;
+template <typename R, typename... A, R (*FUNCTION)(A...)>
+struct Call<FUNCTION> {
+  template <size_t... I>
+  static PyObject* with(PyObject* const* from, std::index_sequence<I...>) {
+    std::tuple<std::decay_t<A>...> to;
+    (read(from[I], std::get<I>(to)), ...);
+    const auto run = [&] {
+      // the caller's lists keep the tensors
+      py::gil_scoped_release without;
+      return FUNCTION(std::get<I>(to)...);
+    };
+    if constexpr (std::is_void_v<R>) {
+      run();
+      Py_RETURN_NONE;
+    } else {
+      return PyLong_FromLongLong(run());
+    }
+  }
+
+  static PyObject* call(PyObject*, PyObject* const* from, Py_ssize_t n) {
+    try {
+      if (n != static_cast<Py_ssize_t>(sizeof...(A)))
+        throw py::type_error("cbp_fast: takes " + std::to_string(sizeof...(A)) + " arguments, not " +
+                             std::to_string(n));
+      return with(from, std::index_sequence_for<A...>());
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  static PyMethodDef named(const char* name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL,
+            "See the function of this name in cbp_fast.reference."};
+  }
+};
+
+PyObject* nbytes(PyObject*, PyObject* from) {
+  dlpack::Tensor t;
+  if (!PyObject_TypeCheck(from, tensor_type) || tensor_of(from, &t) != 0 || t.device.type != dlpack::CPU) {
+    PyErr_Clear();
+    return PyLong_FromLong(-1);
+  }
+  int64_t bits = t.dtype.bits * t.dtype.lanes;
+  for (int32_t d = 0; d < t.ndim; ++d) bits *= t.shape[d];
+  return PyLong_FromLongLong(bits / 8);
+}
+
+PyMethodDef functions[] = {{"nbytes", &nbytes, METH_O, "Bytes of a tensor's elements on the CPU; -1 if it has none."},
+                           Call<&cbp::capture_>::named("capture_"),
+                           Call<&cbp::select_>::named("select_"),
+                           Call<&cbp::sum_>::named("sum_"),
+                           Call<&cbp::choose_>::named("choose_"),
+                           Call<&cbp::reinit_>::named("reinit_"),
+                           {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  find_exchange();
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
   m.def("isa_levels", &isa_levels, "Instruction sets this CPU can run, the least first.");
   m.def("get_isa", [] { return cbp::active->name; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, py::arg("name"),

@@ -1,10 +1,11 @@
-// Guards, work splitting and registration of the operators whose schemas are in cbp_fast/ops.py.
+// Guards and work splitting of the functions in ops.h, and the operator whose schema is in cbp_fast/ops.py.
 //
 // All of LibTorch is used through its stable ABI, so that one binary serves every PyTorch from 2.10 on.
+#include "ops.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -12,7 +13,6 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "isa.h"
 #include "plan.h"
@@ -22,9 +22,6 @@
 namespace cbp {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // the caller's arguments were checked in Python; these only keep a wrong one from reading or writing elsewhere
 #define CBP_CHECK(condition, message) \
@@ -156,16 +153,15 @@ struct Activations {
   Dims dims;
 };
 
-Activations activations_of(const Tensor& h, const Slot& slot) {
-  const int64_t dims = h.dim();
-  const auto sizes = h.sizes(), strides = h.strides();
-  CBP_CHECK(h.is_cpu(), "activations must be on the CPU");
+Activations activations_of(const Array& h, const Slot& slot) {
+  const int64_t dims = h.dims, *sizes = h.sizes, *strides = h.strides;
+  CBP_CHECK(h.cpu, "activations must be on the CPU");
   CBP_CHECK(slot.spatial == 0 ? dims >= 1 && dims <= MAX_AXES : dims == slot.spatial + 1 || dims == slot.spatial + 2,
             "activations have " + std::to_string(dims) + " dimensions, which their layer does not take");
   const int64_t axis = slot.spatial == 0 ? dims - 1 : dims - 1 - slot.spatial;
   CBP_CHECK(sizes[axis] == slot.seen_features, "activations have " + std::to_string(sizes[axis]) + " features, not " +
                                                    std::to_string(slot.seen_features) + " as at attach");
-  Activations a{nullptr, h.scalar_type(), slot.seen_columns, strides[axis], 1, {}};
+  Activations a{nullptr, h.type, slot.seen_columns, strides[axis], 1, {}};
   sum_kernels(a.type);
   for (int64_t d = 0; d < dims; ++d)
     if (d != axis) {
@@ -173,7 +169,8 @@ Activations activations_of(const Tensor& h, const Slot& slot) {
       a.dims.add({sizes[d], strides[d]});
     }
   a.dims.merge();
-  a.data = static_cast<const char*>(h.const_data_ptr()) + slot.seen_feature * strides[axis] * element_size(a.type);
+  CBP_CHECK(h.data || a.samples == 0 || a.columns == 0, "activations have no data");
+  a.data = static_cast<const char*>(h.data) + slot.seen_feature * strides[axis] * element_size(a.type);
   return a;
 }
 
@@ -225,14 +222,12 @@ void sum_activations(const Activations& a, Term term, const double* offset, doub
     for (int64_t c = 0; c < columns; ++c) out[c] += partial[part * columns + c];
 }
 
-Plan checked_plan(const Tensor& buffer, const Tensor& table) {
-  CBP_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
-                table.numel() >= static_cast<int64_t>(sizeof(Header) / 8),
+Plan checked_plan(const Array& buffer, const Array& table) {
+  CBP_CHECK(table.is_run_of(ScalarType::Long) && table.sizes[0] >= static_cast<int64_t>(sizeof(Header) / 8),
             "the plan must be a contiguous int64 tensor on the CPU");
-  const Plan plan(static_cast<const int64_t*>(table.const_data_ptr()));
-  CBP_CHECK(table.numel() == Plan::size(*plan.header), "the plan has a wrong size");
-  CBP_CHECK(buffer.is_cpu() && buffer.scalar_type() == ScalarType::Byte && buffer.is_contiguous() &&
-                buffer.numel() == plan.header->bytes,
+  const Plan plan(static_cast<const int64_t*>(table.data));
+  CBP_CHECK(table.sizes[0] == Plan::size(*plan.header), "the plan has a wrong size");
+  CBP_CHECK(buffer.is_run_of(ScalarType::Byte) && buffer.sizes[0] == plan.header->bytes,
             "the buffer must be a contiguous uint8 tensor of the plan's size on the CPU");
   return plan;
 }
@@ -271,13 +266,6 @@ void capture(const Plan& plan, const Fields& f, int64_t s, const Activations& a)
   sum_activations(a, Term::kDistance, h_hat.data() + slot.seen_column, sums);
 }
 
-void capture_(Tensor buffer, Tensor table, Tensor h, int64_t slot) {
-  const Plan plan = checked_plan(buffer, table);
-  CBP_CHECK(slot >= 0 && slot < plan.header->slots, "no such slot");
-  const Activations a = activations_of(h, plan.slots[slot]);
-  capture(plan, Fields(*plan.header, buffer.mutable_data_ptr()), slot, a);
-}
-
 // One weight as matrices [major, minor], of which the minor axis is the one whose elements are neighbours in memory:
 // one matrix for every convolution group and, where a row with its kernel positions is not dense, for every position.
 struct WeightView {
@@ -293,15 +281,15 @@ struct WeightView {
   int64_t partial_length() const { return conv_groups * parts * minor; }
 };
 
-WeightView view_of(const Tensor& w, const Weight& record) {
-  const auto sizes = w.sizes(), strides = w.strides();
-  CBP_CHECK(w.is_cpu() && static_cast<int64_t>(w.scalar_type()) == record.dtype && w.dim() == record.dims,
+WeightView view_of(const Array& w, const Weight& record) {
+  const int64_t *sizes = w.sizes, *strides = w.strides;
+  CBP_CHECK(w.cpu && static_cast<int64_t>(w.type) == record.dtype && w.dims == record.dims,
             "a weight changed its device, type or number of dimensions");
   for (int64_t d = 0; d < record.dims; ++d) CBP_CHECK(sizes[d] == record.part[d], "a weight changed its shape");
   WeightView v{};
-  v.kernels = &sum_kernels(w.scalar_type());
-  v.item = element_size(w.scalar_type());
-  v.data = static_cast<const char*>(w.const_data_ptr());
+  v.kernels = &sum_kernels(w.type);
+  v.item = element_size(w.type);
+  v.data = static_cast<const char*>(w.data);
   v.conv_groups = record.part_groups;
   const int64_t out = sizes[0] / v.conv_groups, in = sizes[1];
   v.group_stride = out * strides[0];
@@ -396,9 +384,8 @@ struct Inputs {
   std::vector<int64_t> slots;  // of the forwards
   std::vector<WeightView> weights;
 
-  Inputs(const Plan& plan, const std::vector<Tensor>& tensors, const std::vector<Tensor>& held,
-         std::vector<int64_t> held_slots, bool elsewhere = false)
-      : slots(std::move(held_slots)) {
+  Inputs(const Plan& plan, const Arrays& tensors, const Arrays& held, const Numbers& held_slots, bool elsewhere = false)
+      : slots(held_slots) {
     const Header& h = *plan.header;
     CBP_CHECK(static_cast<int64_t>(tensors.size()) == h.weights || (tensors.empty() && elsewhere),
               "a wrong number of weights");
@@ -488,10 +475,9 @@ int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, co
 // more. Should memory run out after that, the step takes itself back.
 class Kept {
  public:
-  Kept(const Tensor& buffer, const Tensor& copy) : state_(buffer.mutable_data_ptr()), size_(buffer.numel()) {
-    CBP_CHECK(copy.is_cpu() && copy.scalar_type() == ScalarType::Byte && copy.is_contiguous() && copy.numel() == size_,
-              "the copy of the state must be as the state");
-    copy_ = copy.mutable_data_ptr();
+  Kept(const Array& buffer, const Array& copy) : state_(buffer.data), size_(buffer.sizes[0]) {
+    CBP_CHECK(copy.is_run_of(ScalarType::Byte) && copy.sizes[0] == size_, "the copy of the state must be as the state");
+    copy_ = copy.data;
     std::memcpy(copy_, state_, size_);
   }
   Kept(const Kept&) = delete;
@@ -509,26 +495,10 @@ class Kept {
   bool done_ = false;
 };
 
-int64_t select_(Tensor buffer, Tensor copy, Tensor table, std::vector<Tensor> weights, std::vector<Tensor> held,
-                std::vector<int64_t> held_slots) {
-  const Plan plan = checked_plan(buffer, table);
-  const Fields f(*plan.header, buffer.mutable_data_ptr());
-  Inputs inputs(plan, weights, held, std::move(held_slots));
-  Kept kept(buffer, copy);
-  inputs.capture_all(plan, f);
-  const Reached reached(plan, f);
-  if (!reached.any) return kept.done(0);
-  Scratch scratch(inputs.scratch() + plan.header->flat);
-  double* flat = scratch.take<double>(plan.header->flat);
-  sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return kept.done(choose_reached(plan, f, flat, reached));
-}
-
-double* checked_flat(const Tensor& flat, const Plan& plan) {
-  CBP_CHECK(flat.is_cpu() && flat.scalar_type() == ScalarType::Double && flat.is_contiguous() &&
-                flat.numel() == plan.header->flat,
+double* checked_flat(const Array& flat, const Plan& plan) {
+  CBP_CHECK(flat.is_run_of(ScalarType::Double) && flat.sizes[0] == plan.header->flat,
             "the flat sums must be a contiguous float64 tensor of the plan's size on the CPU");
-  return static_cast<double*>(flat.mutable_data_ptr());
+  return static_cast<double*>(flat.data);
 }
 
 // f(position in `flat`, column) for what is summed over samples: of one slot, or of the whole network
@@ -538,60 +508,17 @@ void for_each_total(const Header& h, const Fields& f, int64_t first, int64_t col
   if (h.keeps_mean) move(f.feature + first, flat + h.slots + h.columns + first, columns);
 }
 
-// `weights` is empty where no process has a part of one: their sums are then left to `choose_`
-void sum_(Tensor buffer, Tensor table, Tensor out, std::vector<Tensor> weights, std::vector<Tensor> held,
-          std::vector<int64_t> held_slots) {
-  const Plan plan = checked_plan(buffer, table);
-  const Header& h = *plan.header;
-  const Fields f(h, buffer.mutable_data_ptr());
-  double* flat = checked_flat(out, plan);
-  Inputs inputs(plan, weights, held, std::move(held_slots), true);
-  inputs.capture_all(plan, f);
-  std::fill(flat, flat + h.flat, 0.0);
-  for (int64_t s = 0; s < h.slots; ++s) {
-    const Slot& slot = plan.slots[s];
-    if (slot.counts) flat[s] = static_cast<double>(f.seen[s]);
-    if (slot.adds)
-      for_each_total(h, f, slot.first_column, slot.columns, flat,
-                     [](const double* mine, double* total, int64_t n) { std::copy(mine, mine + n, total); });
-  }
-  if (weights.empty()) return;
-  // another process may have reached what this one has not
-  std::vector<int64_t> needed(h.weights);
-  for (int64_t i = 0; i < h.weights; ++i) needed[i] = plan.weights[i].adds;
-  Scratch scratch(inputs.scratch());
-  sum_weights(plan, inputs.weights, needed, flat, scratch);
-}
-
-int64_t choose_(Tensor buffer, Tensor copy, Tensor table, Tensor sums, std::vector<Tensor> weights) {
-  const Plan plan = checked_plan(buffer, table);
-  const Header& h = *plan.header;
-  const Fields f(h, buffer.mutable_data_ptr());
-  double* flat = checked_flat(sums, plan);
-  Inputs inputs(plan, weights, {}, {}, true);
-  Kept kept(buffer, copy);
-  for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
-  for_each_total(h, f, 0, h.columns, flat,
-                 [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
-  const Reached reached(plan, f);
-  if (!reached.any) return kept.done(0);
-  Scratch scratch(inputs.scratch());
-  if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return kept.done(choose_reached(plan, f, flat, reached));
-}
-
-Target target_of(const Tensor& t, const Region& region) {
-  CBP_CHECK(t.is_cpu() && t.dim() == region.dims, "a tensor to re-initialise changed its device or dimensions");
+Target target_of(const Array& t, const Region& region) {
+  CBP_CHECK(t.cpu && t.dims == region.dims, "a tensor to re-initialise changed its device or dimensions");
   Target target{};
-  const auto sizes = t.sizes(), strides = t.strides();
   for (int64_t d = 0; d < MAX_DIMS; ++d) {
-    target.size[d] = d < region.dims ? sizes[d] : 1;
-    target.stride[d] = d < region.dims ? strides[d] : 0;
+    target.size[d] = d < region.dims ? t.sizes[d] : 1;
+    target.stride[d] = d < region.dims ? t.strides[d] : 0;
     target.first[d] = region.first[d];
     target.whole[d] = region.size[d];
     CBP_CHECK(target.size[d] == region.part[d], "a tensor to re-initialise changed its shape");
   }
-  target.data = t.mutable_data_ptr();
+  target.data = t.data;
   return target;
 }
 
@@ -612,12 +539,78 @@ void dispatch(ScalarType type, const F& f) {
   }
 }
 
-// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two
-// tensors: the bias, and the weight that reads the units.
-void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vector<int64_t> numbers) {
+}  // namespace
+
+void capture_(const Array& buffer, const Array& table, const Array& h, int64_t slot) {
+  const Plan plan = checked_plan(buffer, table);
+  CBP_CHECK(slot >= 0 && slot < plan.header->slots, "no such slot");
+  const Activations a = activations_of(h, plan.slots[slot]);
+  capture(plan, Fields(*plan.header, buffer.data), slot, a);
+}
+
+int64_t select_(const Array& buffer, const Array& copy, const Array& table, const Arrays& weights, const Arrays& held,
+                const Numbers& held_slots) {
+  const Plan plan = checked_plan(buffer, table);
+  const Fields f(*plan.header, buffer.data);
+  Inputs inputs(plan, weights, held, held_slots);
+  Kept kept(buffer, copy);
+  inputs.capture_all(plan, f);
+  const Reached reached(plan, f);
+  if (!reached.any) return kept.done(0);
+  Scratch scratch(inputs.scratch() + plan.header->flat);
+  double* flat = scratch.take<double>(plan.header->flat);
+  sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
+  return kept.done(choose_reached(plan, f, flat, reached));
+}
+
+// `weights` is empty where no process has a part of one: their sums are then left to `choose_`
+void sum_(const Array& buffer, const Array& table, const Array& out, const Arrays& weights, const Arrays& held,
+          const Numbers& held_slots) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
-  const Fields f(h, buffer.mutable_data_ptr());
+  const Fields f(h, buffer.data);
+  double* flat = checked_flat(out, plan);
+  Inputs inputs(plan, weights, held, held_slots, true);
+  inputs.capture_all(plan, f);
+  std::fill(flat, flat + h.flat, 0.0);
+  for (int64_t s = 0; s < h.slots; ++s) {
+    const Slot& slot = plan.slots[s];
+    if (slot.counts) flat[s] = static_cast<double>(f.seen[s]);
+    if (slot.adds)
+      for_each_total(h, f, slot.first_column, slot.columns, flat,
+                     [](const double* mine, double* total, int64_t n) { std::copy(mine, mine + n, total); });
+  }
+  if (weights.empty()) return;
+  // another process may have reached what this one has not
+  std::vector<int64_t> needed(h.weights);
+  for (int64_t i = 0; i < h.weights; ++i) needed[i] = plan.weights[i].adds;
+  Scratch scratch(inputs.scratch());
+  sum_weights(plan, inputs.weights, needed, flat, scratch);
+}
+
+int64_t choose_(const Array& buffer, const Array& copy, const Array& table, const Array& sums, const Arrays& weights) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.data);
+  double* flat = checked_flat(sums, plan);
+  Inputs inputs(plan, weights, {}, {}, true);
+  Kept kept(buffer, copy);
+  for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
+  for_each_total(h, f, 0, h.columns, flat,
+                 [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
+  const Reached reached(plan, f);
+  if (!reached.any) return kept.done(0);
+  Scratch scratch(inputs.scratch());
+  if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
+  return kept.done(choose_reached(plan, f, flat, reached));
+}
+
+// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two
+// tensors: the bias, and the weight that reads the units.
+void reinit_(const Array& buffer, const Array& table, const Arrays& tensors, const Numbers& numbers) {
+  const Plan plan = checked_plan(buffer, table);
+  const Header& h = *plan.header;
+  const Fields f(h, buffer.data);
   struct Job {
     const Region* region;
     bool slot;
@@ -631,23 +624,22 @@ void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vect
     CBP_CHECK(number >= 0 && number / 2 < h.regions, "no such region");
     const Region& region = plan.regions[number / 2];
     CBP_CHECK(next + (region.kind == 2) < tensors.size(), "too few tensors");
-    Job job{&region, number % 2 == 1, target_of(tensors[next], region), {}, tensors[next].scalar_type(), {}};
+    Job job{&region, number % 2 == 1, target_of(tensors[next], region), {}, tensors[next].type, {}};
     sum_kernels(job.type);
     if (region.kind == 2) {
-      const Tensor& w = tensors[++next];
+      const Array& w = tensors[++next];
       const Slot& slot = plan.slots[region.slot];
-      CBP_CHECK(w.is_cpu() && w.dim() >= 2 && w.dim() <= MAX_DIMS && w.size(1 - region.axis) == region.size[0] &&
-                    region.conv_groups * w.size(region.axis) == slot.features,
+      CBP_CHECK(w.cpu && w.dims >= 2 && w.dims <= MAX_DIMS && w.sizes[1 - region.axis] == region.size[0] &&
+                    region.conv_groups * w.sizes[region.axis] == slot.features,
                 "a reading weight changed its device or shape");
-      job.weight_type = w.scalar_type();
+      job.weight_type = w.type;
       sum_kernels(job.weight_type);
-      const auto sizes = w.sizes(), strides = w.strides();
       for (int64_t d = 0; d < MAX_DIMS; ++d) {
-        job.weight.size[d] = d < w.dim() ? sizes[d] : 1;
-        job.weight.stride[d] = d < w.dim() ? strides[d] : 0;
+        job.weight.size[d] = d < w.dims ? w.sizes[d] : 1;
+        job.weight.stride[d] = d < w.dims ? w.strides[d] : 0;
         job.weight.whole[d] = job.weight.size[d];
       }
-      job.weight.data = w.mutable_data_ptr();
+      job.weight.data = w.data;
     }
     ++next;
     jobs.push_back(job);
@@ -668,13 +660,23 @@ void reinit_(Tensor buffer, Tensor table, std::vector<Tensor> tensors, std::vect
   forget(plan, f);
 }
 
+namespace {
+
+Array array_of(const torch::stable::Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()),
+          t.scalar_type(),
+          t.dim(),
+          t.sizes().data(),
+          t.strides().data(),
+          t.is_cpu()};
+}
+
+void capture_operator(torch::stable::Tensor buffer, torch::stable::Tensor table, torch::stable::Tensor h,
+                      int64_t slot) {
+  capture_(array_of(buffer), array_of(table), array_of(h), slot);
+}
+
 }  // namespace
 }  // namespace cbp
 
-STABLE_TORCH_LIBRARY_IMPL(cbp_fast, CPU, m) {
-  m.impl("capture_", TORCH_BOX(&cbp::capture_));
-  m.impl("select_", TORCH_BOX(&cbp::select_));
-  m.impl("sum_", TORCH_BOX(&cbp::sum_));
-  m.impl("choose_", TORCH_BOX(&cbp::choose_));
-  m.impl("reinit_", TORCH_BOX(&cbp::reinit_));
-}
+STABLE_TORCH_LIBRARY_IMPL(cbp_fast, CPU, m) { m.impl("capture_", TORCH_BOX(&cbp::capture_operator)); }

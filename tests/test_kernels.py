@@ -886,7 +886,7 @@ def test_capture_is_a_well_made_operator(operators):
     torch.library.opcheck(torch.ops.cbp_fast.capture_.default, (state.buffer, state.plan, torch.randn(3, 5), 0))
 
 
-ops = torch.ops.cbp_fast
+ops = _C
 BAD_CALLS = {
     "short plan": lambda s, w: ops.select_(s.buffer, s.backup, s.plan[:-1], w, [], []),
     "empty plan": lambda s, w: ops.select_(s.buffer, s.backup, s.plan[:0], w, [], []),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop
 from ..engine import Engine
-from ..ops import module_of
+from ..ops import functions_of
 from .networks import Network, build, chain, mlp
 from .step import backend_for_device
 from .timing import Options, Row, in_turns, row, timer
@@ -143,7 +143,7 @@ def operations(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        functions[backend], touched = _operation(case, engine, module_of(backend), optimizer)
+        functions[backend], touched = _operation(case, engine, functions_of(backend), optimizer)
         cbp.remove()
     buffers = [t if t.dtype == torch.float32 else torch.ones(t.nbytes // 4 or 1, device=device) for t in touched]
 
@@ -161,9 +161,9 @@ def _operation(
     state, held, slots = engine.state, list(engine._held), list(engine._slots)
     if case.op == "capture_":
         return lambda: backend.capture_(state, 0, held[0]), held[:1]
-    weights = [owner[key] for owner, key in engine._places]
+    weights = engine._weights()
     if case.op == "select_":
-        return lambda: backend.select_(state, weights, held, slots), [*(w.detach() for w in weights), *held]  # type: ignore[union-attr]
+        return lambda: backend.select_(state, weights, held, slots), [*(w.detach() for w in weights), *held]
     state.num_chosen.fill_(case.chosen)
     generator = torch.Generator().manual_seed(0)
     for layout in state.layouts:
