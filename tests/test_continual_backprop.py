@@ -670,7 +670,64 @@ def test_a_compiled_model_is_observed_in_one_graph(everything):
     assert counter.frame_count == 1
 
 
+def test_a_compiled_model_may_see_batches_of_any_size(everything):
+    results = []
+    for compiled in (False, True):
+        model = mlp()
+        optimizer = momentum(model)
+        cbp = ContinualBackprop(model, optimizer, **EAGER)
+        stream = Stream(torch.compile(model, backend="eager") if compiled else model, optimizer)
+        for size in (8, 4, 5, 6, 8, 3) * 3:
+            optimizer.zero_grad()
+            stream.loss(size).backward()
+            optimizer.step()
+        results.append(everything(model, optimizer, cbp))
+    assert sum(cbp.num_replaced.values()) > 8
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("capture", ["inline", "deferred"])
+def test_what_is_stored_as_its_negative_is_read_as_it_is(backend, capture):
+    h = torch.randn(5, 4, requires_grad=True)
+    utility = []
+    for lazy in (False, True):
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+        for layer in model:
+            nn.init.ones_(layer.weight)
+        group = UnitGroup("g", [model[0]], [model[1]])
+        # where the sign is seen: in the mean of both steps
+        rule = Rule.gnt(utility="adaptable_contribution")
+        cbp = ContinualBackprop(model, groups=group, rule=rule, capture=capture, backend=backend)
+        for step in range(2):
+            model[1](torch._neg_view(-h) if lazy and step else h)
+            cbp.step()
+        utility.append(cbp.utility["g"])
+    same(*utility)
+    assert utility[0].count_nonzero() == 4
+
+
 # when it steps
+
+
+def test_a_compiled_step_of_the_optimizer_is_followed(everything):
+    results = []
+    for compiled in (False, True):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        cbp = ContinualBackprop(model, optimizer, **EAGER)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        stream = Stream(model, optimizer)
+        with warnings.catch_warnings():
+            # no complaint of functions that torch.compile does not know
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", "Dynamo")
+            for _ in range(12):
+                optimizer.zero_grad()
+                stream.loss().backward()
+                step()
+        results.append(everything(model, cbp))
+    assert sum(cbp.num_replaced.values()) > 4
+    assert results[0] == results[1]
 
 
 def test_it_steps_after_the_optimizer(backend):

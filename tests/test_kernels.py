@@ -931,6 +931,51 @@ def test_an_operator_refuses_what_would_lead_it_astray(operators, call):
     assert all(map(torch.equal, weights, before[1]))
 
 
+WRONG_KINDS = {
+    "too few arguments": (lambda s, w: ops.select_(s.buffer, s.backup), "takes 6 arguments, not 2"),
+    "an array": (lambda s, w: ops.capture_(s.buffer, s.plan, np.ones((1, 5)), 0), "numpy.ndarray stands for a torch"),
+    "nothing": (lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [None, *w[1:]], [], []), "NoneType stands for a"),
+    "a tuple": (lambda s, w: ops.select_(s.buffer, s.backup, s.plan, tuple(w), [], []), "tuple stands for a list"),
+    "a name": (lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(1, 5), "0"), "'str' object cannot be"),
+}
+
+
+@pytest.mark.parametrize("call, message", WRONG_KINDS.values(), ids=WRONG_KINDS.keys())
+def test_a_compiled_function_refuses_arguments_of_a_wrong_kind(operators, call, message):
+    state, weights = operators
+    before = state.buffer.clone()
+    with pytest.raises(TypeError, match=message):
+        call(state, weights)
+    assert torch.equal(state.buffer, before)
+
+
+def test_a_compiled_function_says_what_pytorch_does_not_show(operators):
+    state, weights = operators
+    for odd, error in (
+        (torch.ones(1, 5, device="meta"), "meta"),
+        (torch.ones(1, 5).to_sparse(), "storage|Sparse|strides"),
+        (torch._efficientzerotensor((1, 5)), "no data"),
+    ):
+        with pytest.raises((RuntimeError, BufferError), match=error):
+            ops.select_(state.buffer, state.backup, state.plan, weights, [odd], [0])
+    assert not state.buffer[state.offsets[4] :].any()
+
+
+def test_bytes_are_of_memory_on_the_cpu():
+    assert _C.nbytes(torch.ones(3, 5)) == 60
+    assert _C.nbytes(torch.ones(3, 5, dtype=torch.bfloat16)[::2, :3]) == 12
+    assert _C.nbytes(torch.ones(())) == 4
+    assert _C.nbytes(torch.ones(0, 5)) == 0
+    for nowhere in (torch.ones(3, device="meta"), torch.ones(3).to_sparse(), None, "h"):
+        assert _C.nbytes(nowhere) == -1
+    torch.func.vmap(lambda h: [h, assert_nowhere(h)][0])(torch.ones(3, 5))
+    torch.func.grad(lambda h: [h.sum(), assert_nowhere(h)][0])(torch.ones(5))
+
+
+def assert_nowhere(h):
+    assert _C.nbytes(h) == -1
+
+
 @pytest.mark.parametrize("name", ["v5", "", "BASELINE"])
 def test_an_unknown_instruction_set_is_refused(name):
     before = _C.get_isa()
