@@ -85,6 +85,26 @@ class _FirstForward(_Later):
             self.cbp._attach_in_forward(args, kwargs)
 
 
+class _Round:
+    """Which of the optimizers are still to step, and whether one of the others did not skip its update."""
+
+    __slots__ = ("everyone", "stepped", "waiting")
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.everyone = frozenset(map(id, optimizers))
+        self.waiting, self.stepped = set(self.everyone), False
+
+    def after(self, optimizer: Optimizer) -> bool | None:
+        """Whether there was an update, once all optimizers have stepped; before that None."""
+        self.waiting.discard(id(optimizer))
+        self.stepped |= not skipped(optimizer)
+        if self.waiting:
+            return None
+        self.waiting |= self.everyone
+        stepped, self.stepped = self.stepped, False
+        return stepped
+
+
 class _Awaited:
     """Stands for the engine until a training forward shows which groups there are."""
 
@@ -227,9 +247,7 @@ class ContinualBackprop(Joinable):
         self._follow_optimizers()
 
     def _follow_optimizers(self) -> None:
-        # which of the optimizers are still to step in this round, and whether one has not skipped its update
-        self._every = frozenset(map(id, self._optimizers))
-        self._waiting, self._stepped = set(self._every), False
+        self._round = _Round(self._optimizers)
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
         if several_processes():
             self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
@@ -375,7 +393,7 @@ class ContinualBackprop(Joinable):
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # a closure has forwards of its own, and of several optimizers the others may be followed by some
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        last, engine = self._waiting <= {id(optimizer)}, self._engine
+        last, engine = self._round.waiting <= {id(optimizer)}, self._engine
         if engine.processes is None:
             return
         if closure is not None or not last or not self._hooks or not engine.enabled or engine.state.splits_sums:
@@ -388,15 +406,10 @@ class ContinualBackprop(Joinable):
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._hooks:
             return
-        self._waiting.discard(id(optimizer))
-        self._stepped |= not skipped(optimizer)
-        if self._waiting:
-            return
-        stepped, self._stepped = self._stepped, False
-        self._waiting |= self._every
+        stepped = self._round.after(optimizer)
         if stepped:
             self.step()
-        elif self._engine.processes is not None:
+        elif stepped is not None and self._engine.processes is not None:
             self._engine.await_sums()
 
     def join_hook(self, **kwargs: Any) -> Any:

@@ -41,7 +41,8 @@ nbytes = _C.nbytes
 
 def capture_(state: State, slot: int, h: Tensor) -> None:
     """See `reference.capture_`."""
-    if is_compiling():
+    # a subclass may only stand for the tensor to read
+    if is_compiling() or type(h) is not Tensor:
         _capture(state.buffer, state.plan, h, slot)
     else:
         _C.capture_(state.buffer, state.plan, h, slot)

@@ -157,7 +157,6 @@ class Engine:
         """Take the activations that one reading layer saw in one forward."""
         if type(h) is not Tensor and is_dtensor(h):
             h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
-        # what is on another device may belong to a model that is being moved
         if not self.enabled:
             return
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
@@ -167,12 +166,14 @@ class Engine:
                 self._captured = True
             return
         nbytes = self._nbytes(h)
-        if nbytes < 0 or _here.unobserved:
+        # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
+        # batch, and does not outlive them
+        if _here.unobserved or (nbytes < 0 and (type(h) is Tensor or h.device != self._device)):
             return
         h = h.detach()
         held = self._held_bytes + nbytes
-        # a tensor that is the negative of its memory does not show that to the kernels
-        if held > self._room or self._inline[slot] or h.is_neg():
+        # the kernels do not see whether a tensor is the negative of its memory, or only stands for others
+        if held > self._room or nbytes < 0 or self._inline[slot] or h.is_neg():
             # in the order of the forwards, on which a running mean depends
             for earlier_slot, earlier in zip(*self._take_held(), strict=True):
                 self._functions.capture_(self.state, earlier_slot, earlier)
@@ -489,8 +490,6 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
 
 
 def _nbytes(device: torch.device, h: Tensor) -> int:
-    # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
-    # batch, and does not outlive them
     return -1 if h.device != device or is_functorch_wrapped_tensor(h) else h.nbytes
 
 

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -99,13 +100,21 @@ void read(PyObject* from, int64_t& to) {
   if (to == -1 && PyErr_Occurred()) throw py::error_already_set();
 }
 
+int64_t numel(const dlpack::Tensor& t) {
+  int64_t n = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) n *= t.shape[d];
+  return n;
+}
+
 void read(PyObject* from, cbp::Array& to) {
   if (!PyObject_TypeCheck(from, tensor_type))
     throw py::type_error(std::string("cbp_fast: a ") + Py_TYPE(from)->tp_name + " stands for a torch.Tensor");
   dlpack::Tensor t;
   if (tensor_of(from, &t) != 0) throw py::error_already_set();
-  void* data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
-  to = {data, type_of(t), t.ndim, t.shape, t.strides, t.device.type == dlpack::CPU};
+  // as of a subclass that only wraps others
+  if (!t.data && numel(t)) throw std::runtime_error("cbp_fast: a tensor has no memory of its own");
+  to = {
+      static_cast<char*>(t.data) + t.byte_offset, type_of(t), t.ndim, t.shape, t.strides, t.device.type == dlpack::CPU};
 }
 
 template <typename T>
@@ -163,13 +172,12 @@ struct Call<FUNCTION> {
 
 PyObject* nbytes(PyObject*, PyObject* from) {
   dlpack::Tensor t;
-  if (!PyObject_TypeCheck(from, tensor_type) || tensor_of(from, &t) != 0 || t.device.type != dlpack::CPU) {
+  if (!PyObject_TypeCheck(from, tensor_type) || tensor_of(from, &t) != 0 || t.device.type != dlpack::CPU ||
+      (!t.data && numel(t))) {
     PyErr_Clear();
     return PyLong_FromLong(-1);
   }
-  int64_t bits = t.dtype.bits * t.dtype.lanes;
-  for (int32_t d = 0; d < t.ndim; ++d) bits *= t.shape[d];
-  return PyLong_FromLongLong(bits / 8);
+  return PyLong_FromLongLong(numel(t) * t.dtype.bits * t.dtype.lanes / 8);
 }
 
 PyMethodDef functions[] = {{"nbytes", &nbytes, METH_O, "Bytes of a tensor's elements on the CPU; -1 if it has none."},

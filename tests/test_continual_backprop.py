@@ -706,6 +706,37 @@ def test_what_is_stored_as_its_negative_is_read_as_it_is(backend, capture):
     assert utility[0].count_nonzero() == 4
 
 
+class Standing(torch.Tensor):
+    """Has no memory of its own: it stands for a tensor, which every function gets in its place."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=True)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return function(*(a.inner if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capture", ["inline", "deferred"])
+def test_what_only_stands_for_a_tensor_is_read_as_that(capture):
+    h, utility = torch.randn(5, 4), []
+    for inner in (h, Standing(h)):
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+        nn.init.ones_(model[1].weight)
+        cbp = ContinualBackprop(model, groups=UnitGroup("g", [model[0]], [model[1]]), capture=capture, backend="cpp")
+        model[1](inner)
+        cbp.step()
+        utility.append(cbp.utility["g"])
+    same(*utility)
+    assert utility[0].count_nonzero() == 4
+
+
 # when it steps
 
 
