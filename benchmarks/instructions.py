@@ -1,6 +1,6 @@
 """Instructions that callgrind counts in three fixed operations, repeatable where time is not: `make instructions`.
 
-Counted are three calls, from the operator's entry to its return, in float32 on one thread, at instruction set v3.
+Counted are three calls, from the compiled function's entry to its return, in float32 on one thread, at instruction set v3.
 Another compiler, C library or PyTorch gives another count; the committed ones name theirs.
 """
 
@@ -37,10 +37,10 @@ def label(case: Case) -> str:
 
 
 def count(case: Case) -> int:
-    """Instructions of all calls of the case's operator in a process of its own."""
+    """Instructions of all calls of the case's function in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
-        collected = f"--toggle-collect=cbp::(anonymous namespace)::{case.op}(*"
+        collected = f"--toggle-collect=(anonymous namespace)::Call<&cbp::{case.op}>::call(*"
         command = ["valgrind", "--tool=callgrind", "--quiet", f"--callgrind-out-file={out}", collected]
         environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         run = ["--run", str(CASES.index(case))]

@@ -1,4 +1,4 @@
-// Guards and work splitting of the functions in ops.h, and the operator whose schema is in cbp_fast/ops.py.
+// Guards and work splitting of the functions in ops.h, and the operator whose schema is in cbp_fast/cpp.py.
 //
 // All of LibTorch is used through its stable ABI, so that one binary serves every PyTorch from 2.10 on.
 #include "ops.h"
