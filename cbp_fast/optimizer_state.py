@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+# looked up here, because at exit a layer may outlive the list of modules
+_FILE = sys.modules[Optimizer.__module__].__file__
+
 
 def skipped(optimizer: Optimizer) -> bool:
     """Whether the step that has just ended was none: a fused optimizer runs its hooks where GradScaler skips, too."""
@@ -20,10 +23,9 @@ def skipped(optimizer: Optimizer) -> bool:
 
 def inside_step() -> bool:
     """Whether the caller runs within an optimizer's step, as its hooks do: none can be removed then."""
-    where = sys.modules[Optimizer.__module__].__file__
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == where and isinstance(frame.f_locals.get("self"), Optimizer):
+        if frame.f_code.co_filename == _FILE and isinstance(frame.f_locals.get("self"), Optimizer):
             return True
         frame = frame.f_back
     return False

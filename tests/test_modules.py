@@ -362,6 +362,20 @@ def test_the_hook_for_all_optimizers_goes_with_the_last_layer():
     assert len(hooks) == before
 
 
+def test_a_layer_of_a_script_is_silent_at_exit():
+    code = (
+        "import torch\nfrom cbp_fast import CBPLinear\n"
+        "one, two = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)\n"
+        "layer = CBPLinear(one, two)\n"
+        "two(layer(one(torch.randn(2, 3))))\n"
+        # in a cycle, so that it goes only when most modules have gone
+        "layer.among = [layer]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_a_loaded_model_steps_in_a_process_that_made_no_layer(trained, tmp_path):
     torch.save(trained[0], tmp_path / "model.pt")
     code = (
