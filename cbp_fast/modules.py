@@ -20,8 +20,10 @@ from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve
 
-# layers that saw a forward, in the order of their first one, and the optimizers that were seen to train each
+# layers that saw a forward, in the order of their first one; the optimizers that were ever seen to train each, all of
+# which keep state to reset; those that take turns; and those of them that are still to step
 _layers: list[weakref.ref[_CBPLayer]] = []
+_seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
@@ -58,6 +60,7 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in layers:
         if not any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
             continue
+        _seen.setdefault(layer, weakref.WeakSet()).add(optimizer)
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
         known = optimizer in trainers
         trainers.add(optimizer)
@@ -70,7 +73,7 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not len(waiting):
             _waiting[layer] = weakref.WeakSet(trainers)
             ready.append(layer)
-    optimizers = {id(o): o for layer in ready for o in _trainers[layer]}
+    optimizers = {id(o): o for layer in ready for o in _seen[layer]}
     step_together([layer._engine for layer in ready], list(optimizers.values()))
 
 
@@ -191,6 +194,8 @@ class _CBPLayer(nn.Module):
         device = fn(torch.empty(0, device=self._engine.state.buffer.device)).device
         if device != self._engine.state.buffer.device:
             self._engine.to(device)
+            # an optimizer that does not step again leaves its state where it is
+            _seen.pop(self, None)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -230,6 +230,38 @@ def test_with_two_optimizers_a_layer_steps_after_both():
     assert not optimizers[1].state[model[3].weight]["exp_avg"][:, replaced].any()
 
 
+@pytest.mark.parametrize("period", [2, 3])
+def test_the_state_of_an_optimizer_that_steps_less_often_is_zero(period):
+    torch.manual_seed(0)
+    model = two_layers(replacement_rate=0.1, maturity_threshold=2)
+    often, seldom = torch.optim.Adam(model[:2].parameters()), torch.optim.Adam(model[3:].parameters())
+    checked = 0
+    for step in range(40):
+        model.zero_grad()
+        model(torch.randn(5, 4)).square().sum().backward()
+        if step % period == 1:
+            seldom.step()
+        before = model[2].num_replaced
+        often.step()
+        if model[2].num_replaced > before and step > 1:
+            checked += 1
+            assert not seldom.state[model[3].weight]["exp_avg"][:, model[2].age == 0].any()
+    assert checked > 5
+
+
+@pytest.mark.gpu
+def test_an_optimizer_from_before_a_move_is_left_alone():
+    """Its state is on the other device."""
+    model = two_layers(replacement_rate=1.0, maturity_threshold=0)
+    optimizers = []
+    for device in ("cpu", "cuda"):
+        optimizers.append(torch.optim.Adam(model.to(device).parameters()))
+        for _ in range(3):
+            model(torch.randn(5, 4, device=device)).square().sum().backward()
+            optimizers[-1].step()
+    assert model[2].num_replaced >= 5 * 8
+
+
 def test_an_optimizer_of_an_earlier_task_is_not_waited_for():
     model = two_layers(replacement_rate=0.0)
     optimizers = []
