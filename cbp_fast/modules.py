@@ -124,6 +124,43 @@ class _CBPLayer(nn.Module):
         self._known = 0
 
     @property
+    def in_layer(self) -> nn.Module:
+        """The layer that makes the units."""
+        return self._engine.groups[0].incoming[0].module
+
+    @property
+    def out_layer(self) -> nn.Module:
+        """The layer that reads them."""
+        return self._engine.groups[0].outgoing[0].module
+
+    @property
+    def replacement_rate(self) -> float:
+        """Share of the mature units replaced each step; may be set between steps."""
+        return self._engine.hyper["replacement_rate"]
+
+    @replacement_rate.setter
+    def replacement_rate(self, value: float) -> None:
+        self._engine.set_hyper(replacement_rate=value)
+
+    @property
+    def maturity_threshold(self) -> float:
+        """Steps for which a new unit is protected; may be set between steps."""
+        return self._engine.hyper["maturity_threshold"]
+
+    @maturity_threshold.setter
+    def maturity_threshold(self, value: float) -> None:
+        self._engine.set_hyper(maturity_threshold=value)
+
+    @property
+    def decay_rate(self) -> float:
+        """Decay of the running utility a step; may be set between steps."""
+        return self._engine.hyper["decay_rate"]
+
+    @decay_rate.setter
+    def decay_rate(self, value: float) -> None:
+        self._engine.set_hyper(decay_rate=value)
+
+    @property
     def utility(self) -> Tensor:
         """Running utility of the units, a view [N] of the state."""
         return self._engine.state.utility
@@ -216,7 +253,7 @@ class CBPLinear(_CBPLayer):
     - its `decay_rate` averages the features of one batch with those of the next, this one's the utilities;
     - it stops at layers without a bias and at norms without weights, and draws grouped convolutions too narrow;
     - it lists the two layers a second time in the model's `state_dict`, beside `util` and `ages`, here `utility` and
-      `age`.
+      `age`, views; `in_layer` and `out_layer` can be read, `ln_layer`, `bn_layer`, `util_type` and `bound` cannot.
 
     Args:
         in_layer: the linear layer that makes the N units.

@@ -77,6 +77,24 @@ def test_weights_are_listed_once_in_the_state_dict():
     assert sum(1 for _ in Net().parameters()) == 12
 
 
+def test_rates_can_be_set_and_the_layers_read(trained):
+    model, optimizer = trained
+    layer, before = model.cbp3, model.cbp3.num_replaced
+    assert (layer.replacement_rate, layer.maturity_threshold, layer.decay_rate) == (0.05, 5, 0.0)
+    layer.replacement_rate = 0.0
+    train(model, optimizer, 20)
+    assert layer.num_replaced == before
+    layer.maturity_threshold, layer.decay_rate, layer.replacement_rate = 19, 0.9, 1.0
+    mature = int((layer.age >= 19).sum())
+    train(model, optimizer, 1)
+    assert layer.num_replaced == before + mature > before
+    with pytest.raises(ValueError, match="decay_rate is 1"):
+        layer.decay_rate = 1
+    assert (layer.in_layer, layer.out_layer) == (model.fc1, model.fc2)
+    assert not list(layer.parameters())
+    assert list(layer.state_dict()) == ["_extra_state"]
+
+
 # the scores of "random" are random, and a layer draws from a stream of its own
 @pytest.mark.parametrize("utility", sorted(set(Rule.UTILITIES) - {"random"}))
 def test_same_choices_and_resets_as_the_attached_object(utility):
