@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import weakref
 from collections.abc import Mapping
@@ -192,13 +193,25 @@ class _CBPLayer(nn.Module):
             engine.record(0, x.flatten(1) if flattened else x)
         return x
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Ages, utilities and the like, for the model's `state_dict`."""
-        return self._current().state_dict()
+    def get_extra_state(self) -> Tensor:
+        """Ages, utilities and the like, for the model's `state_dict`: a file of torch.save as a uint8 tensor.
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        safetensors knows nothing but tensors, and torch.distributed.checkpoint wants them of one size at any step.
+        """
+        engine, file = self._current(), io.BytesIO()
+        state = engine.state_dict() | {name: float(rate) for name, rate in engine.hyper.items()}
+        torch.save(_of_fixed_size(state), file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Take them from a model's `state_dict`."""
-        self._current().load_state_dict(state)
+        # saved by an earlier version, it is no tensor
+        if isinstance(state, Tensor):
+            file = io.BytesIO(bytes(state.to("cpu", torch.uint8).tolist()))
+            loaded = _with_integers(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            loaded = state
+        self._current().load_state_dict(loaded)
 
     @staticmethod
     def _make(
@@ -239,6 +252,22 @@ class _CBPLayer(nn.Module):
         rule, hyper = self._engine.state.rule, self._engine.hyper
         numbers = ", ".join(f"{name}={value:g}" for name, value in hyper.items())
         return f"units={self._engine.state.layouts[0].num_units}, utility={rule.utility}, init={rule.init}, {numbers}"
+
+
+def _of_fixed_size(state: Any) -> Any:
+    # pickle takes more bytes for a larger integer
+    if isinstance(state, dict):
+        return {key: _of_fixed_size(value) for key, value in state.items()}
+    # nor has the name of a device the length of another's
+    if isinstance(state, Tensor):
+        return state.cpu()
+    return torch.tensor(state, device="cpu") if type(state) is int else state
+
+
+def _with_integers(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _with_integers(value) for key, value in state.items()}
+    return state.item() if isinstance(state, Tensor) and state.dim() == 0 else state
 
 
 class CBPLinear(_CBPLayer):
