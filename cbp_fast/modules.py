@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -179,19 +180,31 @@ class _CBPLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, and observe it while training."""
         if self.training and torch.is_grad_enabled() and is_observed():
-            # a copy of a layer has the number of its original, and is known from its own first forward on
+            if is_compiling():
+                self._join()
+            # a copy of a layer has the number of its original, and is known from its own first forward on; what was
+            # compiled for the original has this as its guard, and does not serve the copy
             if self._known != id(self):
-                if several_processes():
-                    raise RuntimeError(
-                        f"{type(self).__name__} works in one process; attach a ContinualBackprop instead, which keeps "
-                        "several processes alike"
-                    )
-                self._known = id(self)
-                _observe(self)
+                self._join()
             engine = self._current()
             flattened = engine.state.slots[0].spatial == 0 and engine.state.layouts[0].columns_per_unit > 1
             engine.record(0, x.flatten(1) if flattened else x)
         return x
+
+    def _join(self) -> None:
+        """Take part in steps from now on."""
+        if several_processes():
+            raise RuntimeError(
+                f"{type(self).__name__} works in one process; attach a ContinualBackprop instead, which keeps "
+                "several processes alike"
+            )
+        if self._known != id(self):
+            self._known = id(self)
+            _observe(self)
+
+    # so that a forward that is compiled calls it while it is traced, and is one graph; a decorator of torch.compiler
+    # sets this, too, but imports the compiler
+    _join._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def get_extra_state(self) -> Tensor:
         """Ages, utilities and the like, for the model's `state_dict`: a file of torch.save as a uint8 tensor.

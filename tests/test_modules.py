@@ -308,6 +308,32 @@ def test_an_optimizer_from_before_a_move_is_left_alone():
     assert model[2].num_replaced >= 5 * 8
 
 
+def test_a_compiled_model_is_one_graph_and_trains_alike():
+    import torch._dynamo.testing  # takes a second
+
+    fc1, fc2, fc3 = nn.Linear(4, 20), nn.Linear(20, 12), nn.Linear(12, 2)
+    one, two = CBPLinear(fc1, fc2, **EAGER), CBPLinear(fc2, fc3, **EAGER)
+    original = nn.Sequential(fc1, nn.ReLU(), one, fc2, nn.ReLU(), two, fc3)
+    counter = torch._dynamo.testing.CompileCounter()
+    results = []
+    # the second copy is not observed by what was compiled for the first
+    for compiled in (False, True, True):
+        model = copy.deepcopy(original)
+        forward = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+        optimizer = torch.optim.Adam(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        for step in range(30):
+            optimizer.zero_grad()
+            forward(torch.randn(4 + step % 3, 4, generator=generator)).square().sum().backward()
+            optimizer.step()
+        results.append([model[2].age, model[5].age, *model.parameters()])
+    assert min(model[2].num_replaced, model[5].num_replaced) > 5
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # each for its first batch and for any other
+    assert counter.frame_count <= 4
+
+
 def test_an_optimizer_of_an_earlier_task_is_not_waited_for():
     model = two_layers(replacement_rate=0.0)
     optimizers = []
