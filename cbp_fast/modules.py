@@ -293,9 +293,14 @@ class CBPLinear(_CBPLayer):
       after the step, and sets the state to zero;
     - it knows only "contribution", whatever `util_type` says, and takes utilities only when it replaces;
     - its `decay_rate` averages the features of one batch with those of the next, this one's the utilities;
+    - it draws as "kaiming" whatever `init` it does not know, "normal" among them, and stops at an `act_type` without a
+      gain, which here has that of relu; "selu" it draws with selu's gain, this one always as "lecun";
     - it stops at layers without a bias and at norms without weights, and draws grouped convolutions too narrow;
     - it lists the two layers a second time in the model's `state_dict`, beside `util` and `ages`, here `utility` and
       `age`, views; `in_layer` and `out_layer` can be read, `ln_layer`, `bn_layer`, `util_type` and `bound` cannot.
+
+    The rates can be set while training, and as with an optimizer, loading a `state_dict` sets them to those saved; one
+    of another `init`, `act_type` or `util_type` is refused.
 
     Args:
         in_layer: the linear layer that makes the N units.

@@ -189,6 +189,35 @@ def test_state_dict_resumes_bit_for_bit(trained, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
+def test_loading_sets_the_rates_and_refuses_another_rule(trained):
+    resumed = Net(replacement_rate=0.0)
+    resumed.load_state_dict(trained[0].state_dict())
+    assert resumed.cbp3.replacement_rate == 0.05
+    with pytest.raises(ValueError, match="utility='contribution', not 'weight'"):
+        Net(util_type="weight").load_state_dict(trained[0].state_dict())
+
+
+# bounds of five inputs and eight units: selu is drawn as lecun, and an activation without a gain has that of relu
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"init": "kaiming", "act_type": "selu"}, (3 / 5) ** 0.5),
+        ({"init": "xavier", "act_type": "selu"}, (3 / 5) ** 0.5),
+        ({"init": "kaiming", "act_type": "gelu"}, (2 * 3 / 5) ** 0.5),
+        ({"init": "xavier", "act_type": "tanh"}, 5 / 3 * (6 / 13) ** 0.5),
+        ({"init": "default"}, (1 / 5) ** 0.5),
+    ],
+    ids=str,
+)
+def test_new_weights_have_the_bound_of_the_rule(options, bound):
+    torch.manual_seed(0)
+    fc1, fc2 = nn.Linear(5, 8), nn.Linear(8, 2)
+    model = nn.Sequential(fc1, CBPLinear(fc1, fc2, replacement_rate=1.0, maturity_threshold=0, **options), fc2)
+    model(torch.randn(5, 5)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert 0.9 * bound < fc1.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize("utility", ["contribution", "zero_contribution"])
 def test_the_state_dict_is_tensors_of_one_size(utility, tmp_path):
     """What safetensors and torch.distributed.checkpoint ask for; before, it held a dict, which can still be loaded."""
