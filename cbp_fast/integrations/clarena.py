@@ -18,6 +18,7 @@ from ..unit_groups import ResolvedGroup, UnitGroup, resolve
 
 try:
     from clarena.cl_algorithms import CBP as _ClarenaCBP
+    from lightning import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import rank_zero_info
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -63,6 +64,21 @@ class _OfLayers:
         pass
 
 
+class _Steps(Callback):  # type: ignore[misc, unused-ignore]
+    """What a module has no hook for: steps before checkpoints are written, and the end of a fit that failed."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the Trainer may fit something else by now
+        if isinstance(pl_module, CBP):
+            pl_module._after_batch(outputs)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, CBP):
+            pl_module._detach()
+
+
 class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     """`clarena.cl_algorithms.CBP` with the fused kernels; in a config only `_target_` changes.
 
@@ -72,7 +88,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     hidden layer is read by the heads: in TIL the head of the task decides what a unit is worth there, and a replaced
     unit is silent in all.
 
-    The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch.
+    The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch, after the
+    callbacks' `on_train_batch_end` but before checkpoints are written.
 
     Units are followed through the backbone on `example_input_array` where that is set, else on a guessed input.
 
@@ -131,6 +148,11 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         self._attached: ContinualBackprop | None = None
         self._kept: dict[str, Any] | None = None
 
+    def configure_callbacks(self) -> list[Callback]:
+        """The parent's, and one that steps; a Trainer keeps it from fit to fit."""
+        there = any(isinstance(callback, _Steps) for callback in getattr(self._trainer, "callbacks", ()))
+        return [*super().configure_callbacks(), *([] if there else [_Steps()])]
+
     def on_fit_start(self) -> None:
         """Attach to the network as the task finds it, its heads included, and go on from the state so far."""
         super().on_fit_start()
@@ -167,12 +189,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         return super().on_train_batch_start(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: dict[str, Any], batch: Any, batch_idx: int) -> None:
-        """One step of the rule `clarena`; the other rules have had theirs after the optimizer's."""
-        if self._engine is None or self._attached is not None:
-            return
-        for slot, name in enumerate(self.backbone.weighted_layer_names):
-            self._engine.record(slot, outputs["activations"][name])
-        step_together([self._engine], [])
+        """Nothing: the rule `clarena` has stepped before checkpoints were written, the others after the optimizer."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state beside the module's `state_dict`."""
@@ -194,6 +211,14 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     def __getstate__(self) -> dict[str, Any]:
         # a copy or a pickle has the state, and attaches when it is fitted itself
         return {**super().__getstate__(), "_kept": self._state(), "_engine": None, "_attached": None}
+
+    def _after_batch(self, outputs: dict[str, Any]) -> None:
+        """One step of the rule `clarena`."""
+        if self._engine is None or self._attached is not None:
+            return
+        for slot, name in enumerate(self.backbone.weighted_layer_names):
+            self._engine.record(slot, outputs["activations"][name])
+        step_together([self._engine], [])
 
     def _rates(self) -> dict[str, Any]:
         return {
@@ -256,6 +281,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         """An engine with a group for each weighted layer; the one before it in the list counts as preceding."""
         if self.trainer.world_size > 1:
             raise RuntimeError("rule 'clarena' runs in one process only: each would replace units of its own")
+        if not any(isinstance(callback, _Steps) for callback in self.trainer.callbacks):
+            raise RuntimeError(f"configure_callbacks() of {type(self).__name__} leaves out super()'s, which steps")
         names = self.backbone.weighted_layer_names
         layers = [f"backbone.{name}".replace("/", ".") for name in names]
         heads = (

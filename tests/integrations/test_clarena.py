@@ -10,6 +10,7 @@ import torch
 from clarena.backbones import CLMLP, CLBackbone, CLResNet18, ResNet18
 from clarena.cl_algorithms import CBP as ClarenaCBP
 from clarena.heads import HeadsCIL, HeadsTIL
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,7 +41,7 @@ class HeadDIL(nn.Module):
 def make(rule="nature", heads=HeadsTIL, cls=CBP, rate=None, **backbone):
     torch.manual_seed(0)
     name = rule if isinstance(rule, str) else rule.name
-    options = {"rule": rule} if cls is CBP else {}
+    options = {"rule": rule} if issubclass(cls, CBP) else {}
     mlp = CLMLP(16, [16, 12], 10, **backbone)
     return cls(mlp, heads(10), RATE.get(name, 0.02) if rate is None else rate, 5, 0.9, {}, **options)
 
@@ -54,14 +55,14 @@ def loader(task, batches=20):
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
-def fit(model, task, optimizer=ADAM, ckpt_path=None, new=True, **options):
+def fit(model, task, optimizer=ADAM, ckpt_path=None, new=True, data=None, **options):
     # the head is made here
     torch.manual_seed(task)
     if new:
         model.setup_task_id(task, 2, optimizer, None)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(**({"max_epochs": 1, "accelerator": "cpu"} | quiet | options))
-    trainer.fit(model, loader(task), ckpt_path=ckpt_path)
+    trainer.fit(model, data or loader(task), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -196,6 +197,62 @@ def test_a_resumed_run_is_the_uninterrupted_one(rule, heads, tmp_path):
     fit(resumed, 2, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     same(resumed, whole)
     assert replaced(whole) > replaced(half) > 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_checkpoint_within_an_epoch_is_of_its_batch(rule, tmp_path):
+    # every batch the same, since the loader begins anew
+    x, y = (tensor.repeat(20, *[1] * (tensor.dim() - 1)) for tensor in next(iter(loader(1))))
+    batches = DataLoader(TensorDataset(x, y), batch_size=8)
+    whole, resumed = make(rule), make(rule)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    fit(whole, 1, data=batches, callbacks=[saving], enable_checkpointing=True)
+    fit(resumed, 1, data=batches, ckpt_path=tmp_path / "step=7.ckpt")
+    same(resumed, whole)
+    assert replaced(whole) > 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trainer_may_fit_again(rule, caplog):
+    model = make(rule, rate=0.0)
+    trainer = fit(model, 1)
+    with caplog.at_level("INFO"):
+        trainer.validate(model, loader(1), verbose=False)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, loader(1))
+    assert {age.max().item() for age in model.age.values()} == {40}
+    # nor is it said that callbacks of the user are replaced
+    assert "override" not in caplog.text
+    # which may fit something else then
+    trainer.fit_loop.max_epochs = 3
+    other = make(cls=ClarenaCBP, rate=0.0)
+    other.setup_task_id(1, 2, ADAM, None)
+    trainer.fit(other, loader(1))
+
+
+def test_a_subclass_that_loses_the_callback_is_told():
+    class Own(CBP):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(RuntimeError, match=r"configure_callbacks\(\) of Own"):
+        fit(make("clarena", cls=Own), 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("rule", RULES)
+def test_hooks_are_gone_after_a_fit_that_failed(rule, error):
+    class Fail(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 9:
+                raise error
+
+    model = make(rule)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fit(model, 1, callbacks=[Fail()])
+    assert model._engine is None
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert max(age.max() for age in model.age.values()) == (10 if rule == "nature" else 9)
 
 
 @pytest.mark.parametrize("rule", RULES)
