@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop, _check_clarena
-from ..discovery import explain, find_unit_groups
+from ..discovery import NeedsInputs, explain, find_unit_groups
 from ..engine import Engine, step_together
 from ..rules import Rule
 from ..unit_groups import ResolvedGroup, UnitGroup, resolve
@@ -37,15 +40,30 @@ def _say_rule() -> None:
     )
 
 
+class _Unusable(BaseException):
+    """The backbone is of no use, whatever its input; no `Exception`, after which the next input would be tried."""
+
+
 class _Network(nn.Module):
     """The backbone and every head in one forward, to be traced; layers have the names that they have in a `CBP`."""
 
-    def __init__(self, backbone: nn.Module, heads: nn.Module, task_id: int) -> None:
+    def __init__(self, backbone: nn.Module, heads: nn.Module, task_id: int, read: Sequence[str] = ()) -> None:
         super().__init__()
-        self.backbone, self.heads, self.task_id = backbone, heads, task_id
+        # `read`: layers whose activations the backbone is to return
+        self.backbone, self.heads, self.task_id, self.read = backbone, heads, task_id, read
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        feature, _ = self.backbone(x, stage="train", task_id=self.task_id)
+        name, arguments = f"{type(self.backbone).__name__}.forward()", {"stage": "train", "task_id": self.task_id}
+        try:
+            signature(self.backbone.forward).bind(x, **arguments)
+        except TypeError as error:
+            raise _Unusable(f"{name} does not take (input, stage=, task_id=) of clarena's CBP: {error}") from error
+        returned = self.backbone(x, **arguments)
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            raise _Unusable(f"{name} returns {type(returned).__name__}, not (feature, activations)")
+        feature, activations = returned
+        if missing := [layer for layer in self.read if layer not in activations]:
+            raise _Unusable(f"{name} returns no activations of {', '.join(missing)}")
         return [head(feature) for head in self.heads.modules() if isinstance(head, nn.Linear)]
 
 
@@ -91,7 +109,9 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch, after the
     callbacks' `on_train_batch_end` but before checkpoints are written.
 
-    Units are followed through the backbone on `example_input_array` where that is set, else on a guessed input.
+    Units are followed through the backbone on `example_input_array` where that is set, else on a guessed input. It may
+    be a small batch, or all that forward() takes, ``{"input": batch, "stage": "train", "task_id": 1}``, which is what
+    Lightning's model summary wants.
 
     The state outlives a task. It is in checkpoints, copies and pickles, not in the module's `state_dict`, and one
     without it loads. `replacement_rate`, `maturity_threshold` and `utility_decay_rate` may be changed between batches.
@@ -109,8 +129,9 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         num_replacements: replacements that each layer still owes.
 
     Raises:
-        ValueError: at the start of a fit, before any weight changes: the units of a layer cannot be followed through
-            the backbone (a residual network's shortcuts), or a number is out of range.
+        ValueError: at the start of a fit, before any weight changes: the backbone returns no (feature, activations),
+            the units of a layer cannot be followed through it (a residual network's shortcuts), or a number is out of
+            range.
     """
 
     contribution_utility = _OfLayers("utility", partial(torch.asarray, dtype=torch.float32, copy=True))
@@ -159,18 +180,16 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         self._detach()
         if self.rule.name == "nature":
             _say_rule()
-        if self.rule.name == "clarena":
-            self._engine = self._clarena_engine()
-        else:
-            self._attached = ContinualBackprop(
-                self,
-                self.trainer.optimizers,
-                rule=self.rule,
-                groups=self._found_groups(),
-                backend=self.backend,
-                **self._rates(),
-            )
-            self._engine = self._attached._engine
+        try:
+            self._start()
+        except _Unusable as error:
+            raise ValueError(str(error)) from None
+        except ValueError as error:
+            if "exclude=" not in str(error):
+                raise
+            # an option that is not to be had here
+            raise ValueError(re.sub(r",? or [^,;]*exclude=.*", "", str(error))) from None
+        assert self._engine is not None
         if self._kept is not None:
             self._engine.load_state_dict(self._fitting(self._kept))
 
@@ -220,6 +239,20 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
             self._engine.record(slot, outputs["activations"][name])
         step_together([self._engine], [])
 
+    def _start(self) -> None:
+        if self.rule.name == "clarena":
+            self._engine = self._clarena_engine()
+            return
+        self._attached = ContinualBackprop(
+            self,
+            self.trainer.optimizers,
+            rule=self.rule,
+            groups=self._found_groups(),
+            backend=self.backend,
+            **self._rates(),
+        )
+        self._engine = self._attached._engine
+
     def _rates(self) -> dict[str, Any]:
         return {
             "replacement_rate": self.replacement_rate,
@@ -247,19 +280,34 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
                 groups[name] = {**groups[name], "running_mean": mean.repeat(-(-size // mean.numel()))[:size]}
         return {**kept, **self._rates(), "groups": groups}
 
+    def _example(self) -> Any:
+        """The batch in `example_input_array`, as training has its batches."""
+        example = self.example_input_array
+        if isinstance(example, Mapping):
+            example = example["input"]
+        elif isinstance(example, (tuple, list)):
+            example = example[0]
+        return None if example is None else self.trainer.precision_plugin.convert_input(example.to(self.device))
+
     def _found_groups(self) -> list[UnitGroup]:
         """A group for each weighted layer, under clarena's name for it."""
-        network = _Network(self.backbone, self.heads, self.task_id)
         names, backbone = self.backbone.weighted_layer_names, type(self.backbone).__name__
-        example = self.example_input_array
-        example = example.to(self.device) if isinstance(example, Tensor) else example
+        start = f"rule {self.rule.name!r} follows units through {backbone}.forward(), and cannot for"
+        if hasattr(self.backbone, "_orig_mod") or self.backbone._compiled_call_impl is not None:
+            raise ValueError(
+                f"{start} {', '.join(names)}: the backbone is compiled and would not call new hooks; leave it as it "
+                "is, and give the Trainer torch.compile() of the whole CBP"
+            )
+        network, example = _Network(self.backbone, self.heads, self.task_id), self._example()
         try:
             groups = find_unit_groups(network, example)
-        except ValueError as error:
+        except NeedsInputs as error:
             raise ValueError(
-                f"rule {self.rule.name!r} follows units through {backbone}.forward(), and cannot for any of "
-                f"{', '.join(names)}: {error}; set example_input_array of the CBP to a small batch if there is none"
+                f"{start} {', '.join(names)}: what it takes cannot be told from its layers; set example_input_array of "
+                f'the CBP to {{"input": a small batch, "stage": "train", "task_id": {self.task_id}}}'
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{start} any of {', '.join(names)}: {error}") from error
         found: dict[str, UnitGroup] = {}
         shared = ""
         for group in groups:
@@ -271,10 +319,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
                 shared += f"{', '.join(makers)} make the same units, and clarena knows each layer's own\n"
         unread = [name for name in names if name not in found]
         if unread:
-            raise ValueError(
-                f"rule {self.rule.name!r} follows units through {backbone}.forward(), and cannot for "
-                f"{', '.join(unread)}:\n{shared}{explain(network, example)}"
-            )
+            raise ValueError(f"{start} {', '.join(unread)}:\n{shared}{explain(network, example)}")
         return [found[name] for name in names]
 
     def _clarena_engine(self) -> Engine:
@@ -293,4 +338,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
             group = resolve(self, UnitGroup(name, [layer], [reader]))
             groups.append(replace(group, preceding=groups[-1].incoming if groups else ()))
         _check_clarena(self.rule, groups)
+        # only to see what the backbone returns: no unit has to be followed
+        with suppress(Exception):
+            find_unit_groups(_Network(self.backbone, self.heads, self.task_id, names), self._example())
         return Engine(self.rule, groups, **self._rates(), backend=self.backend, capture="auto", seed=None)

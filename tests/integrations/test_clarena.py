@@ -7,7 +7,7 @@ from functools import partial
 import lightning
 import pytest
 import torch
-from clarena.backbones import CLMLP, CLBackbone, CLResNet18, ResNet18
+from clarena.backbones import CLMLP, CLBackbone, CLResNet18, HATMaskMLP, ResNet18
 from clarena.cl_algorithms import CBP as ClarenaCBP
 from clarena.heads import HeadsCIL, HeadsTIL
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -384,20 +384,70 @@ class Dependent(CLBackbone):
         return x, {"fc": x}
 
 
-def test_an_example_is_used_where_the_input_cannot_be_guessed():
+@pytest.mark.parametrize(
+    "example",
+    [{"input": torch.ones(2, 16), "stage": "train", "task_id": 1}, (torch.ones(2, 16), "train", 1)],
+    ids=["mapping", "tuple"],
+)
+def test_an_example_is_what_the_model_summary_takes(example):
+    model = CBP(Dependent(), HeadsTIL(10), 0.1, 5, 0.9)
+    model.example_input_array = example
+    fit(model, 1, enable_model_summary=True)
+    assert replaced(model) > 5
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_an_example_is_used_where_the_input_cannot_be_guessed(precision):
     model = CBP(Dependent(), HeadsTIL(10), 0.1, 5, 0.9)
     model.example_input_array = torch.ones(2, 16)
-    fit(model, 1)
+    fit(model, 1, precision=precision)
     assert replaced(model) > 5
+
+
+class Bare(CLMLP):
+    """Its forward returns what `returned` makes of the pair."""
+
+    returned = staticmethod(lambda feature, activations: feature)
+
+    def __init__(self):
+        super().__init__(16, [16, 12], 10)
+
+    def forward(self, input, stage=None, task_id=None):
+        return self.returned(*super().forward(input, stage, task_id))
+
+
+class Silent(Bare):
+    returned = staticmethod(lambda feature, activations: (feature, {"fc/0": activations["fc/0"]}))
+
+
+def compiled():
+    return torch.compile(CLMLP(16, [16, 12], 10), backend="eager")
+
+
+def compiled_in_place():
+    backbone = CLMLP(16, [16, 12], 10)
+    backbone.compile(backend="eager")
+    return backbone
+
+
+NO_PAIR = r"^Bare.forward\(\) returns Tensor, not \(feature, activations\)$"
+NO_TASK = r"^HATMaskMLP.forward\(\) does not take .*unexpected keyword argument 'task_id'$"
 
 
 @pytest.mark.parametrize(
     ("rule", "backbone", "message"),
     [
         ("nature", lambda: Shortcut(1, 512), r"(?s)Shortcut.*conv2x/0/conv2.*conv2x.0.conv2.*several layers add"),
-        ("nature", lambda: CLResNet18(1, 512), "CLResNet18.*conv1.*cannot be told"),
-        ("nature", Dependent, "Dependent.*fc: .*example_input_array"),
-        ("clarena", lambda: Shortcut(1, 512), "linear layers only.*'conv1'"),
+        ("nature", lambda: CLResNet18(1, 512), r"^CLResNet18.forward\(\) returns NoneType, not"),
+        ("nature", Dependent, r"Dependent.*fc: .*example_input_array.*\{\"input\": "),
+        ("nature", Bare, NO_PAIR),
+        ("clarena", Bare, NO_PAIR),
+        ("clarena", Silent, r"^Silent.forward\(\) returns no activations of fc/1, fc/2$"),
+        ("nature", lambda: HATMaskMLP(16, [16, 12], 10, gate="sigmoid"), NO_TASK),
+        ("clarena", lambda: HATMaskMLP(16, [16, 12], 10, gate="sigmoid"), NO_TASK),
+        ("nature", compiled, "backbone is compiled.*the whole CBP"),
+        ("nature", compiled_in_place, "backbone is compiled.*the whole CBP"),
+        ("clarena", lambda: Shortcut(1, 512), "linear layers only.*'conv1' has convolutions; use rule='nature'$"),
         ("clarena", lambda: CLMLP(16, [20, 30], 10), "'backbone.fc.0' has 16 inputs and group 'fc/1' has 30 units"),
     ],
 )
@@ -409,6 +459,27 @@ def test_a_backbone_that_cannot_be_read_is_refused_before_any_weight_moved(rule,
     with pytest.raises(ValueError, match=message):
         fit(model, 1, new=False)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_whole_may_be_compiled(rule):
+    torch.compiler.reset()
+    model, plain = make(rule), make(rule)
+    for m, wrap in ((model, partial(torch.compile, backend="eager")), (plain, lambda m: m)):
+        torch.manual_seed(1)
+        m.setup_task_id(1, 2, ADAM, None)
+        fit(wrap(m), 1, new=False)
+    same(model, plain)
+    assert replaced(model) > 5
+
+
+def test_an_example_that_does_not_fit_is_named():
+    model = make()
+    model.example_input_array = torch.ones(2, 5)
+    with pytest.raises(ValueError, match=r"does not run on the example_inputs given: .*shapes") as caught:
+        fit(model, 1)
+    # there is one
+    assert "set example_input_array" not in str(caught.value)
 
 
 def test_several_processes_are_refused(monkeypatch):
