@@ -17,6 +17,7 @@ from ..continual_backprop import ContinualBackprop, _check_clarena
 from ..discovery import NeedsInputs, explain, find_unit_groups
 from ..engine import Engine, step_together
 from ..rules import Rule
+from ..running import unwrapped
 from ..unit_groups import ResolvedGroup, UnitGroup, resolve
 
 try:
@@ -107,7 +108,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     unit is silent in all.
 
     The rule `clarena` computes what clarena does: on the activations before dropout, and once a batch, after the
-    callbacks' `on_train_batch_end` but before checkpoints are written.
+    callbacks' `on_train_batch_end` but before checkpoints are written. It takes linear layers only, and none of more
+    units than the layer before it has inputs, whose column of that number it re-draws.
 
     Units are followed through the backbone on `example_input_array` where that is set, else on a guessed input. It may
     be a small batch, or all that forward() takes, ``{"input": batch, "stage": "train", "task_id": 1}``, which is what
@@ -118,7 +120,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
 
     Args:
         backbone, heads, replacement_rate, maturity_threshold, utility_decay_rate, non_algorithmic_hparams: as of
-            clarena's.
+            clarena's; a decay rate of 1, by which no utility would ever change, is refused.
         rule: "nature", "gnt", "clarena", a `Rule`, or the fields of one.
         backend: as of `ContinualBackprop`.
         kwargs: what else the installed clarena takes.
@@ -151,6 +153,10 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
+        # numbers of NumPy, which a config may compute, as Python's
+        given = replacement_rate, maturity_threshold, utility_decay_rate
+        rates: list[Any] = [rate.item() if hasattr(rate, "item") else rate for rate in given]
+        replacement_rate, maturity_threshold, utility_decay_rate = rates
         super().__init__(
             backbone,
             heads,
@@ -319,7 +325,10 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
                 shared += f"{', '.join(makers)} make the same units, and clarena knows each layer's own\n"
         unread = [name for name in names if name not in found]
         if unread:
-            raise ValueError(f"{start} {', '.join(unread)}:\n{shared}{explain(network, example)}")
+            why = explain(network, example)
+            if "is frozen" in why:
+                why += "\na CBP leaves out no weighted layer: train it and its readers (rule='clarena': one head)"
+            raise ValueError(f"{start} {', '.join(unread)}:\n{shared}{why}")
         return [found[name] for name in names]
 
     def _clarena_engine(self) -> Engine:
@@ -329,16 +338,18 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         if not any(isinstance(callback, _Steps) for callback in self.trainer.callbacks):
             raise RuntimeError(f"configure_callbacks() of {type(self).__name__} leaves out super()'s, which steps")
         names = self.backbone.weighted_layer_names
+        # a compiled backbone will do, as there are no hooks
+        network = _Network(unwrapped(self.backbone), self.heads, self.task_id, names)
         layers = [f"backbone.{name}".replace("/", ".") for name in names]
-        heads = (
-            name for name, head in self.named_modules() if name.startswith("heads.") and isinstance(head, nn.Linear)
-        )
+        heads = [name for name, head in network.named_modules() if name[:6] == "heads." and isinstance(head, nn.Linear)]
+        # as will any head, as the rule reads and changes none; but a group has none that is frozen
+        head = max(heads, key=lambda name: network.get_parameter(f"{name}.weight").requires_grad)
         groups: list[ResolvedGroup] = []
-        for name, layer, reader in zip(names, layers, [*layers[1:], next(heads)], strict=True):
-            group = resolve(self, UnitGroup(name, [layer], [reader]))
+        for name, layer, reader in zip(names, layers, [*layers[1:], head], strict=True):
+            group = resolve(network, UnitGroup(name, [layer], [reader]))
             groups.append(replace(group, preceding=groups[-1].incoming if groups else ()))
         _check_clarena(self.rule, groups)
         # only to see what the backbone returns: no unit has to be followed
         with suppress(Exception):
-            find_unit_groups(_Network(self.backbone, self.heads, self.task_id, names), self._example())
+            find_unit_groups(network, self._example())
         return Engine(self.rule, groups, **self._rates(), backend=self.backend, capture="auto", seed=None)

@@ -5,6 +5,7 @@ import pickle
 from functools import partial
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from clarena.backbones import CLMLP, CLBackbone, CLResNet18, HATMaskMLP, ResNet18
@@ -459,6 +460,45 @@ def test_a_backbone_that_cannot_be_read_is_refused_before_any_weight_moved(rule,
     with pytest.raises(ValueError, match=message):
         fit(model, 1, new=False)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def freeze_first_head(model):
+    fit(model, 1)
+    model.heads.heads["1"].requires_grad_(False)
+
+
+def test_an_old_head_may_be_frozen_under_the_rule_clarena():
+    model, free = make("clarena"), make("clarena")
+    freeze_first_head(model)
+    fit(free, 1)
+    for m in (model, free):
+        fit(m, 2)
+    same(model, free)
+    assert max(age.max() for age in model.age.values()) == 40
+    model = make()
+    freeze_first_head(model)
+    with pytest.raises(ValueError, match=r"(?s)for fc/2:.*heads.1.weight' is frozen.*rule='clarena'"):
+        fit(model, 2)
+
+
+def test_a_compiled_backbone_does_under_the_rule_clarena():
+    torch.compiler.reset()
+    model, plain = make("clarena"), make("clarena")
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    for m in (model, plain):
+        fit(m, 1)
+    model.backbone = model.backbone._orig_mod
+    same(model, plain)
+    assert replaced(model) > 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_numbers_may_be_numpys(rule):
+    backbone = CLMLP(16, [16, 12], 10)
+    model = CBP(backbone, HeadsTIL(10), np.float32(0.25), np.int64(5), np.float64(0.5), rule=rule)
+    assert [type(model.hparams[name]) for name in ("replacement_rate", "maturity_threshold")] == [float, int]
+    fit(model, 1)
+    assert replaced(model) > 5
 
 
 @pytest.mark.parametrize("rule", RULES)
