@@ -14,6 +14,8 @@ from ..state import Slot
 
 try:
     from lightning import Callback, LightningModule, Trainer
+    from lightning.fabric.utilities import move_data_to_device
+    from lightning.pytorch.utilities import rank_zero_warn
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'cbp_fast.integrations.lightning needs {error.name}: pip install "cbp_fast[lightning]"', name=error.name
@@ -24,11 +26,13 @@ class ContinualBackpropCallback(Callback):
     """Attaches a `ContinualBackprop` to the module that is fitted, and takes it off afterwards.
 
     It steps after the optimizers that train the model; checkpoints hold its state, and a resumed run is the
-    uninterrupted one bit for bit. One callback serves one module; a further fit goes on from the state so far.
+    uninterrupted one bit for bit. One callback serves one module; a further fit goes on from the state so far. Several
+    submodules want a callback each.
 
     Logged, every `log_every_n_steps` of the Trainer, under ``continual_backprop/<group>/``: `replaced`, units replaced
     so far. Every `metrics_every_n_steps`, of what the readers of the group saw in that batch: `dormant`, the share of
-    features that were zero on every sample, and `effective_rank`; and `continual_backprop/weight_magnitude`.
+    features that were zero on every sample, and `effective_rank`; and `continual_backprop/weight_magnitude`. Of a
+    submodule, `continual_backprop/` is followed by its name and a dot.
 
     Args:
         model: name of the submodule whose forward() is the network; by default the LightningModule's own.
@@ -48,23 +52,29 @@ class ContinualBackpropCallback(Callback):
         self.cbp: ContinualBackprop | None = None
         self._model, self._options, self._every = model, options, metrics_every_n_steps
         self._kept: dict[str, Any] = {}
+        self._warned = False
         # the step from which on metrics are due, and what readers have seen in the batch that they are of
         self._next = 0
         self._seen: dict[str, Tensor] = {}
         self._watching: list[RemovableHandle] = []
 
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint, for each submodule another."""
+        return self._generate_state_key(model=self._model) if self._model else super().state_key
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the model, and go on from the state of a checkpoint or an earlier fit."""
         self._detach()
-        self._next = 0
+        self._next, self._warned = 0, False
         model = pl_module.get_submodule(self._model)
         mine = {id(parameter) for parameter in model.parameters()}
         # an optimizer that trains something else need not have stepped
         optimizers = [o for o in trainer.optimizers if any(id(p) in mine for g in o.param_groups for p in g["params"])]
-        options: dict[str, Any] = {
-            "example_inputs": None if self._model else pl_module.example_input_array
-        } | self._options
-        self.cbp = ContinualBackprop(model, optimizers, **options)
+        example = self._options.get("example_inputs", None if self._model else pl_module.example_input_array)
+        # as training has its batches
+        example = trainer.precision_plugin.convert_input(move_data_to_device(example, pl_module.device))
+        self.cbp = ContinualBackprop(model, optimizers, **self._options | {"example_inputs": example})
         if self._kept:
             self.cbp.load_state_dict(self._kept)
 
@@ -82,16 +92,21 @@ class ContinualBackpropCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was replaced, and the metrics."""
+        """Log what was replaced, and the metrics; warn if nothing can be."""
+        if self.cbp and not self.cbp.groups and trainer.global_step and not self._warned:
+            self._warned = True
+            self._warn(pl_module)
         values: dict[str, Tensor | float] = {}
+        # two callbacks may have groups of one name
+        at = "continual_backprop/" + (self._model and f"{self._model}.")
         if self.cbp and trainer.global_step % trainer.log_every_n_steps == 0:
-            values |= {f"continual_backprop/{name}/replaced": float(n) for name, n in self.cbp.num_replaced.items()}
+            values |= {f"{at}{name}/replaced": float(n) for name, n in self.cbp.num_replaced.items()}
         if self._seen:
             for name, h in self._seen.items():
-                values[f"continual_backprop/{name}/dormant"] = metrics.dormant_units(h).float().mean()
-                values[f"continual_backprop/{name}/effective_rank"] = metrics.effective_rank(h).float()
+                values[f"{at}{name}/dormant"] = metrics.dormant_units(h).float().mean()
+                values[f"{at}{name}/effective_rank"] = metrics.effective_rank(h).float()
             model = pl_module.get_submodule(self._model)
-            values["continual_backprop/weight_magnitude"] = metrics.weight_magnitude(model).float()
+            values[f"{at}weight_magnitude"] = metrics.weight_magnitude(model).float()
             self._unwatch()
         pl_module.log_dict(values)
 
@@ -119,6 +134,15 @@ class ContinualBackpropCallback(Callback):
         if self.cbp is not None:
             self.cbp.remove()
         self.cbp = None
+
+    def _warn(self, pl_module: LightningModule) -> None:
+        model, scope = pl_module.get_submodule(self._model), self._model and f"{self._model}."
+        parts = [scope + name for name, part in model.named_children() if any(True for _ in part.parameters())]
+        rank_zero_warn(
+            f"the optimizer has stepped, and {type(model).__name__}.forward() was not called yet: continual backprop "
+            "found no units and does nothing. If it is compiled, give example_inputs; else name the submodule that "
+            f"training_step calls: {' or '.join(f'{type(self).__name__}({part!r})' for part in parts)}"
+        )
 
     def _watcher(self, name: str, slot: Slot) -> Any:
         features = slice(slot.block.start, slot.block.start + slot.columns.stop - slot.columns.start)

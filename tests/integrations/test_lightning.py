@@ -167,6 +167,71 @@ def test_the_network_may_be_a_part_and_other_optimizers_are_not_waited_for():
     assert {int(group["age"].max()) for group in callback.state_dict()["groups"].values()} == {20}
 
 
+class Pair(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.a, self.b = Module(), Module()
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, net in zip(self.optimizers(), (self.a, self.b), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(net.training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [self.a.configure_optimizers(), self.b.configure_optimizers()]
+
+
+def test_two_submodules_have_a_callback_each(tmp_path):
+    a, b = ContinualBackpropCallback("a", **EAGER), ContinualBackpropCallback("b", **EAGER | {"replacement_rate": 0.0})
+    trainer = fit(Pair(), a, callbacks=[b])
+    assert sum(replaced(a).values()) > sum(replaced(b).values()) == 0
+    for callback, name in ((a, "a"), (b, "b")):
+        assert f"continual_backprop/{name}.weight_magnitude" in trainer.logged_metrics
+        for group, count in replaced(callback).items():
+            assert trainer.logged_metrics[f"continual_backprop/{name}.{group}/replaced"] == count
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = ContinualBackpropCallback("a"), ContinualBackpropCallback("b")
+    fit(Pair(), again[0], callbacks=[again[1]], ckpt_path=tmp_path / "last.ckpt")
+    for callback, before in zip(again, (a, b), strict=True):
+        torch.testing.assert_close(callback.state_dict()["groups"], before.state_dict()["groups"], rtol=0, atol=0)
+    # what checkpoints of the whole module's have
+    assert ContinualBackpropCallback().state_key == "ContinualBackpropCallback"
+
+
+def test_a_network_that_is_not_called_is_said_once():
+    class Around(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.loss = Module(), nn.CrossEntropyLoss()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return self.net.configure_optimizers()
+
+    with pytest.warns(UserWarning, match="continual backprop found no units") as caught:
+        fit(Around(), ContinualBackpropCallback(**EAGER), max_epochs=2)
+    said = [str(w.message) for w in caught if "ContinualBackpropCallback(" in str(w.message)]
+    assert len(said) == 1
+    assert "Around.forward() was not called" in said[0]
+    assert said[0].endswith("training_step calls: ContinualBackpropCallback('net')")
+    callback = ContinualBackpropCallback("net", **EAGER)
+    fit(Around(), callback)
+    assert sum(replaced(callback).values()) > 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("given", [{}, {"example_inputs": {"x": torch.ones(2, 1, 4, 4)}}], ids=["module's", "option"])
+def test_example_inputs_have_the_precision_of_the_trainer(given, precision):
+    module, callback = Module(), ContinualBackpropCallback(**EAGER, **given)
+    module.example_input_array = torch.ones(2, 1, 4, 4)
+    fit(module, callback, precision=precision)
+    assert sum(replaced(callback).values()) > 2
+
+
 def test_groups_may_be_found_in_the_first_forward(tmp_path):
     class Chosen(Module):
         """What it takes cannot be told from its layers."""
