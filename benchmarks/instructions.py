@@ -1,7 +1,7 @@
 """Instructions that callgrind counts in three fixed operations, repeatable where time is not: `make instructions`.
 
-Counted are three calls, from the compiled function's entry to its return, in float32 on one thread, at instruction set v3.
-Another compiler, C library or PyTorch gives another count; the committed ones name theirs.
+Counted are three calls, from the compiled function's entry to its return, in float32 on one thread, at instruction set
+v3. Another compiler, C library or PyTorch gives another count; the committed ones name theirs.
 """
 
 from __future__ import annotations

@@ -174,6 +174,8 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         self._engine: Engine | None = None
         self._attached: ContinualBackprop | None = None
         self._kept: dict[str, Any] | None = None
+        # what the batch returned whose step is taken already
+        self._stepped: dict[str, Any] | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         """The parent's, and one that steps; a Trainer keeps it from fit to fit."""
@@ -214,7 +216,10 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         return super().on_train_batch_start(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: dict[str, Any], batch: Any, batch_idx: int) -> None:
-        """Nothing: the rule `clarena` has stepped before checkpoints were written, the others after the optimizer."""
+        """One step of the rule `clarena`, unless the callback was first; the others have had theirs."""
+        if self._stepped is not outputs:
+            self._after_batch(outputs)
+        self._stepped = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state beside the module's `state_dict`."""
@@ -235,12 +240,14 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy or a pickle has the state, and attaches when it is fitted itself
-        return {**super().__getstate__(), "_kept": self._state(), "_engine": None, "_attached": None}
+        fresh = {"_kept": self._state(), "_engine": None, "_attached": None, "_stepped": None}
+        return {**super().__getstate__(), **fresh}
 
     def _after_batch(self, outputs: dict[str, Any]) -> None:
         """One step of the rule `clarena`."""
         if self._engine is None or self._attached is not None:
             return
+        self._stepped = outputs
         for slot, name in enumerate(self.backbone.weighted_layer_names):
             self._engine.record(slot, outputs["activations"][name])
         step_together([self._engine], [])
@@ -335,8 +342,6 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         """An engine with a group for each weighted layer; the one before it in the list counts as preceding."""
         if self.trainer.world_size > 1:
             raise RuntimeError("rule 'clarena' runs in one process only: each would replace units of its own")
-        if not any(isinstance(callback, _Steps) for callback in self.trainer.callbacks):
-            raise RuntimeError(f"configure_callbacks() of {type(self).__name__} leaves out super()'s, which steps")
         names = self.backbone.weighted_layer_names
         # a compiled backbone will do, as there are no hooks
         network = _Network(unwrapped(self.backbone), self.heads, self.task_id, names)
