@@ -90,7 +90,7 @@ class Engine:
         self.enabled = True
         self._room = _HELD_BYTES[capture]
         self._split = processes is not None and processes.split
-        self._choose_backend(rule)
+        self.use(backend_for(device, backend, rule, self._split))
         self.groups = list(groups)
         self.processes = processes
         # of all processes, under way
@@ -113,10 +113,16 @@ class Engine:
         self._inline = [False] * len(self.state.slots)
         self.forget_forwards()
 
-    def _choose_backend(self, rule: Rule) -> None:
-        self.backend = backend_for(self._device, self._wanted, rule, self._split)
-        self._functions = functions_of(self.backend)
-        self._nbytes = cpp.nbytes if self.backend == "cpp" else partial(_nbytes, self._device)
+    def use(self, backend: str) -> None:
+        """Take the functions of a backend, which has to serve the rule and the device."""
+        self._backend = backend
+        self._functions = functions_of(backend)
+        self._nbytes = cpp.nbytes if backend == "cpp" else partial(_nbytes, self._device)
+
+    @property
+    def backend(self) -> str:
+        """The backend in use."""
+        return self._backend
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -231,7 +237,7 @@ class Engine:
     def _whole(self, function: Callable[..., Any], with_weights: bool, *args: object) -> Any:
         """What a function of the backend returns; if it raises, the state is as before, and a tensor is named."""
         # the compiled functions check everything before they write, and keep the copy themselves
-        keeps = self.backend == "cpp"
+        keeps = self._backend == "cpp"
         if not keeps:
             if with_weights:
                 self.check_tensors()
@@ -316,10 +322,10 @@ class Engine:
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
-        backend_for(device, self._wanted, self.state.rule, self._split)
+        backend = backend_for(device, self._wanted, self.state.rule, self._split)
         self.state.to(device)
         self._device = self.state.buffer.device
-        self._choose_backend(self.state.rule)
+        self.use(backend)
         self.forget_forwards()
 
     def state_dict(self) -> dict[str, Any]:

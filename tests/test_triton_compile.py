@@ -123,7 +123,7 @@ def step(backend, rule, widths, samples, dtypes, replacement_rate=0.3):
     options = {"replacement_rate": replacement_rate, "maturity_threshold": 0, "decay_rate": 0.5, "seed": 3}
     cbp = ContinualBackprop(model, rule=rule, groups=groups, backend="reference", **options)
     engine = cbp._engine
-    engine.backend = backend
+    engine.use(backend)
     held = [torch.randint(-3, 4, (samples, w)).to(t) for w, t in zip(widths[1:-1], dtypes[1:], strict=False)]
     for i, h in enumerate(held):
         engine.record(i, h)
