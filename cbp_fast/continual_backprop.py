@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, several_processes, unwrapped
 from .dtensors import is_dtensor
-from .engine import Engine, check_hyper, check_options, is_observed, step_together
+from .engine import Engine, Rates, check_hyper, check_options, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
@@ -150,7 +150,7 @@ class _Awaited:
         self.set_hyper(**{key: state_dict[key] for key in self.hyper})
 
 
-class ContinualBackprop(Joinable):
+class ContinualBackprop(Rates, Joinable):
     """Continual backpropagation (Dohare et al., Nature 632, 2024) for a model that keeps training.
 
     After every step of the optimizer a few hidden units of least utility are re-initialised: their incoming weights are
@@ -480,33 +480,6 @@ class ContinualBackprop(Joinable):
     def backend(self) -> str:
         """The backend in use."""
         return self._engine.backend
-
-    @property
-    def replacement_rate(self) -> float:
-        """Share of the mature units replaced each step; may be set between steps."""
-        return self._engine.hyper["replacement_rate"]
-
-    @replacement_rate.setter
-    def replacement_rate(self, value: float) -> None:
-        self._engine.set_hyper(replacement_rate=value)
-
-    @property
-    def maturity_threshold(self) -> float:
-        """Steps for which a new unit is protected; may be set between steps."""
-        return self._engine.hyper["maturity_threshold"]
-
-    @maturity_threshold.setter
-    def maturity_threshold(self, value: float) -> None:
-        self._engine.set_hyper(maturity_threshold=value)
-
-    @property
-    def decay_rate(self) -> float:
-        """Decay of the running utility a step; may be set between steps."""
-        return self._engine.hyper["decay_rate"]
-
-    @decay_rate.setter
-    def decay_rate(self, value: float) -> None:
-        self._engine.set_hyper(decay_rate=value)
 
     @property
     def utility(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from .distributed import several_processes
-from .engine import Engine, is_observed, step_together
+from .engine import Engine, Rates, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve
@@ -79,7 +79,7 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_together([layer._engine for layer in ready], list(optimizers.values()))
 
 
-class _CBPLayer(nn.Module):
+class _CBPLayer(Rates, nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
     # what in_layer and out_layer may be
@@ -134,33 +134,6 @@ class _CBPLayer(nn.Module):
     def out_layer(self) -> nn.Module:
         """The layer that reads them."""
         return self._engine.groups[0].outgoing[0].module
-
-    @property
-    def replacement_rate(self) -> float:
-        """Share of the mature units replaced each step; may be set between steps."""
-        return self._engine.hyper["replacement_rate"]
-
-    @replacement_rate.setter
-    def replacement_rate(self, value: float) -> None:
-        self._engine.set_hyper(replacement_rate=value)
-
-    @property
-    def maturity_threshold(self) -> float:
-        """Steps for which a new unit is protected; may be set between steps."""
-        return self._engine.hyper["maturity_threshold"]
-
-    @maturity_threshold.setter
-    def maturity_threshold(self, value: float) -> None:
-        self._engine.set_hyper(maturity_threshold=value)
-
-    @property
-    def decay_rate(self) -> float:
-        """Decay of the running utility a step; may be set between steps."""
-        return self._engine.hyper["decay_rate"]
-
-    @decay_rate.setter
-    def decay_rate(self, value: float) -> None:
-        self._engine.set_hyper(decay_rate=value)
 
     @property
     def utility(self) -> Tensor:
