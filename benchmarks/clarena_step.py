@@ -47,7 +47,8 @@ class Clock(lightning.Callback):
         self.inside: list[float] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        owner, name = pl_module, "on_train_batch_end"
+        # ours steps before the module's own hook
+        owner, name = pl_module, "_after_batch" if isinstance(pl_module, CBP) else "on_train_batch_end"
         if getattr(pl_module, "_attached", None):
             owner, name = pl_module._attached, "step"
         run, self.spent = getattr(owner, name), 0.0
@@ -68,7 +69,8 @@ class Clock(lightning.Callback):
         self.start, self.spent = now, 0.0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        vars(pl_module).pop("on_train_batch_end", None)
+        for name in ("_after_batch", "on_train_batch_end"):
+            vars(pl_module).pop(name, None)
 
 
 def main() -> None:
