@@ -37,6 +37,8 @@ _capture = torch.ops.cbp_fast.capture_.default
 
 # bytes of a tensor's elements; -1 where it has no memory of its own on the CPU, as what torch.func's transforms run on
 nbytes = _C.nbytes
+# what a list of tensors looks like in memory, on any device: its layout, and the addresses
+describe = _C.describe
 
 
 def capture_(state: State, slot: int, h: Tensor) -> None:

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from itertools import compress
-from operator import attrgetter, getitem
-from typing import Any
+from itertools import chain, compress
+from operator import attrgetter, getitem, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from . import cpp
 from .distributed import Processes
 from .dtensors import is_dtensor, local, local_activations
-from .ops import backend_for, functions_of, why_not_triton
-from .optimizer_state import slots_of
+from .ops import backend_for, functions_of, prepare_triton, why_not_triton
+from .optimizer_state import slots_of, state_of
 from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
 from .unit_groups import ResolvedGroup
@@ -53,6 +53,7 @@ def unobserved() -> Iterator[None]:
 
 
 _version_of = attrgetter("_version")
+_is_trained = attrgetter("requires_grad")
 
 
 class Engine:
@@ -112,12 +113,21 @@ class Engine:
         # a slot whose activations were once changed in place after the forward is summed inline from then on
         self._inline = [False] * len(self.state.slots)
         self.forget_forwards()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Let the backend compile what it will run, where that takes long."""
+        if self._backend == "triton":
+            prepare_triton(self.state, self.capture != "deferred")
 
     def use(self, backend: str) -> None:
         """Take the functions of a backend, which has to serve the rule and the device."""
         self._backend = backend
         self._functions = functions_of(backend)
         self._nbytes = cpp.nbytes if backend == "cpp" else partial(_nbytes, self._device)
+        # nothing is read back from a device: all is checked, and gathered, before anything runs there
+        self.chooses_alone = backend == "triton" or self._device.type != "cpu"
+        self._known: _Known | None = None
 
     @property
     def backend(self) -> str:
@@ -190,6 +200,8 @@ class Engine:
             self._held.append(h)
             self._slots.append(slot)
             self._versions.append(h._version)
+            if self._device.type == "cuda":
+                self._streams.add(stream_of(self._device))
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
@@ -200,7 +212,22 @@ class Engine:
         if self.processes is not None:
             return self._select_together()
         slots, held = self._intact()
+        if self._streams:
+            self._join_streams()
         return self._whole(self._functions.select_, True, held, slots)
+
+    def _join_streams(self) -> None:
+        """Activations stay until this stream has read them, whichever stream they were made on."""
+        here = stream_of(self._device)
+        if self._streams == {here}:
+            return
+        if not here.capturing and any(stream.capturing for stream in self._streams):
+            raise RuntimeError(
+                "a forward was captured in a CUDA graph, and the step of continual backprop was not: replays of the "
+                "graph would not be observed. Attach with capture='inline', or capture the whole training step"
+            )
+        for h in self._held:
+            h.record_stream(torch.cuda.current_stream(self._device))
 
     def _select_together(self) -> int:
         splits = self.state.splits_sums
@@ -229,6 +256,8 @@ class Engine:
     def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
         slots, held = self._intact()
+        if self._streams:
+            self._join_streams()
         self._whole(self._functions.sum_, with_weights, held, slots)
         # they are in the state now
         self.finish()
@@ -236,12 +265,15 @@ class Engine:
 
     def _whole(self, function: Callable[..., Any], with_weights: bool, *args: object) -> Any:
         """What a function of the backend returns; if it raises, the state is as before, and a tensor is named."""
+        if self._backend == "triton":
+            # all was checked in `collect`, and what is launched is not held up by this process
+            return function(self.state, self._weights() if with_weights else [], *args)
         # the compiled functions check everything before they write, and keep the copy themselves
         keeps = self._backend == "cpp"
         if not keeps:
             if with_weights:
                 self.check_tensors()
-            self.state.backup.copy_(self.state.buffer)
+            self.keep()
         try:
             return function(self.state, self._weights() if with_weights else [], *args)
         except BaseException as error:
@@ -265,9 +297,19 @@ class Engine:
         Raises:
             RuntimeError: one of them is not what it was at attach, or cannot be reset.
         """
+        if not self.chooses_alone:
+            return self._collected(optimizers)
+        if self._known is None or not self._known.still(optimizers):
+            self.check_tensors()
+            numbers, tensors = self._collected(optimizers)
+            self._known = None if self._in_parts else _Known(self.state, optimizers, numbers, tensors)
+            return numbers, tensors
+        return self._known.numbers, self._known.tensors
+
+    def _collected(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
         state = self.state
         reset = state.rule.reset_optimizer and state.rule.name != "clarena"
-        chosen = state.num_chosen.tolist() if state.buffer.is_cpu else [1] * len(state.layouts)
+        chosen = [1] * len(state.layouts) if self.chooses_alone else state.num_chosen.tolist()
         numbers: list[int] = []
         tensors: list[Tensor] = []
         for count, regions in zip(chosen, self._regions, strict=True):
@@ -299,6 +341,8 @@ class Engine:
         self._slots: list[int] = []
         self._versions: list[int] = []
         self._held_bytes = 0
+        # on which they were seen
+        self._streams: set[_Stream] = set()
         # whether forwards are in the state that are in no sums of the processes
         self._captured = False
 
@@ -316,8 +360,12 @@ class Engine:
         self.finish()
         return taken
 
+    def keep(self) -> None:
+        """Keep the state as it is, for `restore`."""
+        self.state.backup.copy_(self.state.buffer)
+
     def restore(self) -> None:
-        """Take back what the last `select` did."""
+        """Take back what was done since the state was kept, as the last `select` does where it can be taken back."""
         self.state.buffer.copy_(self.state.backup)
 
     def to(self, device: torch.device) -> None:
@@ -327,6 +375,7 @@ class Engine:
         self._device = self.state.buffer.device
         self.use(backend)
         self.forget_forwards()
+        self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies, by group name."""
@@ -510,22 +559,101 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
     if is_compiling():
         # a step belongs into no graph
         return torch.compiler.disable(step_together)(engines, optimizers)
-    chosen: list[int] = []
-    due: list[tuple[Engine, list[int], list[Tensor]]] = []
+    # what can be wrong is found before the first weight is written, and before anything that cannot be taken back
+    due = {engine: engine.collect(optimizers) for engine in engines if engine.chooses_alone}
+    selected: list[Engine] = []
     try:
         for engine in engines:
-            chosen.append(engine.select())
-        # what can be wrong is found here, before the first weight is written
-        if any(chosen):
-            due = [(engine, *engine.collect(optimizers)) for engine, n in zip(engines, chosen, strict=True) if n]
+            if engine.chooses_alone and len(engines) > 1:
+                engine.keep()
+            n = engine.select()
+            selected.append(engine)
+            if not n:
+                due.pop(engine, None)
+            elif engine not in due:
+                due[engine] = [], []
+        for engine in due:
+            if not engine.chooses_alone:
+                due[engine] = engine.collect(optimizers)
     except BaseException:
-        for engine, _ in zip(engines, chosen, strict=False):
+        for engine in selected:
             engine.restore()
         raise
-    for engine, numbers, tensors in due:
-        engine.reinit(numbers, tensors)
+    for engine in engines:
+        if engine in due:
+            engine.reinit(*due[engine])
     for engine in engines:
         engine.finish()
+
+
+class _Stream(NamedTuple):
+    """A CUDA stream, and whether a graph of what it does is captured."""
+
+    stream: int
+    capturing: bool
+
+
+def stream_of(device: torch.device) -> _Stream:
+    """The current stream of a CUDA device."""
+    with torch.cuda.device(device) if torch.cuda.current_device() != device.index else contextlib.nullcontext():
+        return _Stream(torch._C._cuda_getCurrentRawStream(device.index), torch.cuda.is_current_stream_capturing())
+
+
+class _Known:
+    """What a step works on, as it was last checked; as long as nothing of it has changed, it is not checked again."""
+
+    def __init__(
+        self, state: State, optimizers: Sequence[Optimizer], numbers: list[int], tensors: list[Tensor]
+    ) -> None:
+        self.numbers, self.tensors = numbers, tensors
+        every = [*state.weights, *(r.ref for r in state.regions), *(r.weight for r in state.regions if r.weight)]
+        refs = list({(id(ref.owner), ref.key): ref for ref in every}.values())
+        self._owners, self._keys = [ref.owner for ref in refs], [ref.key for ref in refs]
+        self._mine = [ref.get() for ref in refs]
+        self._parameters = [tensor for ref, tensor in zip(refs, self._mine, strict=True) if ref.is_parameter]
+        self._optimizers = list(optimizers)
+        # the parameters that have state, and what holds it; then what those of the groups hold
+        self._entries = _entries_of(optimizers)
+        ids = set(map(id, self._parameters))
+        pairs = ((p, kept) for o in optimizers for p, kept in state_of(o).items() if id(p) in ids)
+        self._kept = [kept for _, kept in pairs]
+        # a mapping of another kind may make its values anew
+        self._plain = all(type(kept) is dict for kept in self._kept)
+        values = self._values() if self._plain else []
+        self._types = list(map(type, values))
+        self._are_tensors = [isinstance(value, Tensor) for value in values]
+        self._slots = list(compress(values, self._are_tensors))
+        known = set(map(id, self._mine))
+        self._watched: list[Any] = [*self._mine, *(t for t in tensors if id(t) not in known)]
+        self._layout, _ = cpp.describe(self._watched)
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._kept)))
+
+    def still(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether every tensor is the one that it was, with the memory layout, type and device that it had."""
+        if not self._plain or not _same(optimizers, self._optimizers):
+            return False
+        values = self._values()
+        return (
+            _same(list(map(dict.get, self._owners, self._keys)), self._mine)
+            and _same(_entries_of(optimizers), self._entries)
+            and list(map(type, values)) == self._types
+            and _same(list(compress(values, self._are_tensors)), self._slots)
+            and all(map(_is_trained, self._parameters))
+            and cpp.describe(self._watched)[0] == self._layout
+        )
+
+
+def _entries_of(optimizers: Sequence[Optimizer]) -> list[Any]:
+    """All keys and values of the optimizers' states."""
+    states = list(map(state_of, optimizers))
+    return [*chain.from_iterable(states), *chain.from_iterable(s.values() for s in states)]
+
+
+def _same(mine: Sequence[object], theirs: Sequence[object]) -> bool:
+    """Whether two lists hold the same objects; tensors compare by their values."""
+    return len(mine) == len(theirs) and all(map(is_, mine, theirs))
 
 
 def _nbytes(device: torch.device, h: Tensor) -> int:

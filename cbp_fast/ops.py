@@ -11,6 +11,7 @@ import torch
 
 from . import cpp, reference
 from .rules import Rule
+from .state import State
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -37,6 +38,11 @@ def _module_of(backend: str) -> ModuleType:
 def functions_of(backend: str) -> Functions:
     """The functions of a backend."""
     return Functions(*(getattr(_module_of(backend), name) for name in Functions._fields))
+
+
+def prepare_triton(state: State, inline: bool) -> None:
+    """Let the Triton backend compile what the steps of a state will run; `inline`: also what sums in the forward."""
+    _module_of("triton").prepare(state, inline)
 
 
 def why_not_triton(rule: Rule, device: torch.device, split: bool) -> str | None:

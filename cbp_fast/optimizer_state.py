@@ -40,12 +40,13 @@ def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]
     return [
         value
         for optimizer in optimizers
-        for value in _state_of(optimizer).get(parameter, {}).values()
+        for value in state_of(optimizer).get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
     ]
 
 
-def _state_of(optimizer: Optimizer) -> Mapping[Any, Any]:
+def state_of(optimizer: Optimizer) -> Mapping[Any, Any]:
+    """What an optimizer of this process keeps for each parameter."""
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     # each process keeps the state of the parameters that it updates, in an optimizer of its own
     if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):

@@ -163,7 +163,7 @@ def utility_now(state: State, layout: Layout) -> Tensor:
 def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) -> None:
     """Average y into the utility, age the units, and list the ones that are due for replacement."""
     rule = state.rule
-    rate, maturity, decay = state.hyper.unbind()
+    rate, maturity, decay, _ = state.hyper.unbind()
     utility, age = state.utility[layout.units], state.age[layout.units]
     y = y.to(utility.dtype)
     finite = y.isfinite() & reached

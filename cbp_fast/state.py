@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -145,7 +146,8 @@ class State:
     """One byte buffer with everything that persists from step to step, seen through typed views.
 
     Views, with G groups, S slots (reading layers), T units and C columns:
-        step, seed: int64 [1]. hyper: float64 [3], replacement_rate, maturity_threshold, decay_rate.
+        step, seed: int64 [1]. hyper: float64 [4], replacement_rate, maturity_threshold, decay_rate, and its
+            logarithm (0 of 0).
         pending: float64 [G]. num_replaced, count: int64 [G], [S]; count is samples seen since the last step.
         activation: float64 [C], sum over those samples of abs(h), or of abs(h - h_hat) for a centred rule.
         feature, running_mean: float64 [C], sum of h and its decayed mean; empty unless the rule keeps a mean.
@@ -210,7 +212,7 @@ class State:
         self._fields: list[tuple[str, torch.dtype, int]] = [
             ("step", i64, 1),
             ("seed", i64, 1),
-            ("hyper", f64, 3),
+            ("hyper", f64, 4),
             ("pending", f64, len(groups)),
             ("num_replaced", i64, len(groups)),
             ("count", i64, len(self.slots)),
@@ -426,7 +428,8 @@ class State:
     def set_hyper(self, replacement_rate: float, maturity_threshold: float, decay_rate: float) -> None:
         """Put the rates where the kernels read them."""
         self.replacement_rate = replacement_rate
-        for i, value in enumerate((replacement_rate, maturity_threshold, decay_rate)):
+        log_decay = math.log(decay_rate) if decay_rate else 0.0
+        for i, value in enumerate((replacement_rate, maturity_threshold, decay_rate, log_decay)):
             self.hyper[i].fill_(value)
 
     def forget_forwards(self) -> None:

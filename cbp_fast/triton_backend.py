@@ -6,11 +6,15 @@ built when shapes or strides change, and kept; addresses of tensors are sent whe
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from threading import Timer
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,16 +24,21 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference, triton_kernels
+from .cpp import describe
 from .rules import Rule
-from .state import DRAW, Region, Slot, State
-from .triton_kernels import Addresses, Group, Job, Mask, Reader, Target
+from .state import DRAW, TRANSFER, Region, Slot, State
+from .triton_kernels import Addresses, Bias, Columns, Group, Job, Mask, Reader, Target, Transfer
 from .unit_groups import out_axis
 
+_log = logging.getLogger("cbp_fast")
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _WIDE, _NARROW, _BLOCK = (c.value for c in (triton_kernels.WIDE, triton_kernels.NARROW, triton_kernels.BLOCK))
+_UNITS, _FEWER_UNITS, _MANY = (c.value for c in (triton_kernels.UNITS, triton_kernels.FEWER_UNITS, triton_kernels.MANY))
 _TILE = _WIDE * _NARROW
-# tables of so many shapes of activations, and of so many lists of tensors, are kept
+# tables of so many shapes of activations, of each reader, and of so many lists of tensors, are kept
 _KEPT = 16
+_BEFORE_CAPTURE = "run a step with inputs of the same shape before each capture of a CUDA graph"
+_NOTHING = nullcontext()
 
 _T = TypeVar("_T")
 
@@ -47,10 +56,10 @@ def why_not(rule: Rule, device: torch.device, split: bool) -> str | None:
         return "does not serve parameters that are split among processes"
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         return "serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device.type == "cuda" and triton.knobs.runtime.interpret:
+        return f"cannot reach {device} from Triton's interpreter (TRITON_INTERPRET=1), which runs on the CPU; unset it"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 and {torch.cuda.get_device_name(device)} has less"
-    if rule.keeps_mean or rule.utility == "random":
-        return f"has no kernel for a rule with {'transfer_bias' if rule.transfer_bias else f'utility {rule.utility!r}'}"
     return None
 
 
@@ -78,9 +87,18 @@ class _Sum(NamedTuple):
     near: int
     reduced: list[Axis]
     group: int
+    fold: int = 1  # neighbouring outputs that make up a column
+    of_rows: bool = False  # of what makes the units, and not of columns of what reads them
     column: int = 0
     samples: int = 0
-    slot: int = 0
+    slot: int = -1
+
+    def units(self, first: int, end: int, per_unit: int, by_position: bool, num_units: int) -> tuple[int, int]:
+        """First unit of a run of outputs, and the one after its last; past the last unit it goes on with the first."""
+        low, high = first // self.fold, -(-end // self.fold)
+        if not by_position:
+            return low // per_unit, -(-high // per_unit)
+        return low % num_units, low % num_units + min(high - low, num_units)
 
 
 def _split_axes(s: _Sum) -> tuple[list[Axis], Axis, bool]:
@@ -104,88 +122,142 @@ def _peeled(s: _Sum) -> list[_Sum]:
     return [p for part in parts for p in _peeled(part)]
 
 
-class _Plan:
-    """The tables of one step: which sums there are, and which program takes which tile of them."""
+def _blocks_of(state: State) -> list[tuple[int, int]]:
+    """Units that a block of each group has, and how many blocks there are."""
+    widths = [_UNITS if layout.columns_per_unit == 1 else _FEWER_UNITS for layout in state.layouts]
+    return [(width, -(-layout.num_units // width)) for width, layout in zip(widths, state.layouts, strict=True)]
 
-    def __init__(self, sums: Sequence[_Sum], aligned: Sequence[int], num_groups: int, device: torch.device) -> None:
+
+class _Plan:
+    """The tables of one launch over sums: which there are, and which program takes which tile of them."""
+
+    def __init__(self, state: State, sums: Sequence[_Sum], aligned: Sequence[int]) -> None:
         work = sum(s.outputs * math.prod(a.size for a in s.reduced) for s in sums)
-        # enough programs for any GPU, each with enough to do
-        share = max(1, min(max(work // 1024, 2**14), 2**16) // _TILE)
+        # programs for every multiprocessor of a large GPU, of two tiles and more; for all GPUs the same, since sums
+        # that are split in another way would round in another way
+        share = min(max(work // 512, 2**12), 2**16) // _TILE
         self.totals: list[int] = []
-        self.blocks = [0] * num_groups
-        self.kinds = 0
-        jobs, tiles, place = [], [], 0
-        # one for each group and one for the groups come first
-        counter = num_groups + 1
+        types = 0
+        jobs: list[int] = []
+        tiles: list[int] = []
+        place = 0
+        blocks_of = _blocks_of(state)
+        first_block = [0, *accumulate(blocks for _, blocks in blocks_of)]
+        expected = [0] * first_block[-1]
+        # one for each group, one for the groups and one for each block of units come first
+        counter = len(blocks_of) + 1 + len(expected)
         for number, s in enumerate(sums):
             outer, inner, along = _split_axes(s)
             size, item = (_NARROW, s.dtype.itemsize) if along else (_WIDE, s.dtype.itemsize)
             blocks = -(-s.outputs // size)
             outer_size = math.prod(a.size for a in outer)
-            tiles_of_block = outer_size * -(-inner.size // (_TILE // size))
+            reduced = _TILE // size // (2 if item == 8 else 1)
+            tiles_of_block = outer_size * -(-inner.size // reduced)
             # the parts of a split sum are read again: few, beside what was summed
-            steps = max(share, 32 // item, -(-tiles_of_block // 128))
+            steps = max(share, 8 // item, -(-tiles_of_block // 128))
             splits = max(1, -(-tiles_of_block // steps))
             steps = -(-tiles_of_block // splits)
             splits = max(1, -(-tiles_of_block // steps)) if steps else 1
             apart = (s.near, inner.stride) if along else (inner.stride, s.near)
             is_aligned = (
                 not outer
-                and s.period >= s.outputs + s.first
+                and s.first == 0
+                and s.period >= s.outputs
                 and apart[1] == 1
                 and (apart[0] * item % 16 == 0 or (s.outputs if along else inner.size) == 1)
                 and (inner.size if along else s.outputs) * item % 16 == 0
                 and (aligned[s.tensor] + s.offset * item) % 16 == 0
             )
             kind = 4 * _TYPES[s.dtype] + 2 * along + is_aligned
-            self.kinds |= 1 << kind
+            types |= 1 << _TYPES[s.dtype]
             three = [Axis(1, 0)] * (3 - len(outer)) + outer
             partial = place
             place += splits * s.outputs * 8 if splits > 1 else 0
-            jobs.append(
-                Job(
-                    kind,
-                    s.outputs,
-                    s.first,
-                    s.period,
-                    s.far,
-                    s.near,
-                    inner.size,
-                    inner.stride,
-                    outer_size,
-                    three[1].size,
-                    three[2].size,
-                    three[0].stride,
-                    three[1].stride,
-                    three[2].stride,
-                    splits,
-                    steps,
-                    partial,
-                    place,
-                    s.group,
-                    counter,
-                    s.column,
-                    s.samples,
-                    s.slot,
-                )
+            jobs += Job(
+                kind,
+                s.outputs,
+                s.first,
+                s.period,
+                s.far,
+                s.near,
+                inner.size,
+                inner.stride,
+                outer_size,
+                three[1].size,
+                three[2].size,
+                three[0].stride,
+                three[1].stride,
+                three[2].stride,
+                splits,
+                steps,
+                partial,
+                place,
+                s.group,
+                counter,
+                s.column,
+                s.samples,
+                s.slot,
             )
             self.totals.append(place)
             place += s.outputs * 8
             counter += blocks if splits > 1 else 0
-            self.blocks[s.group] += blocks
-            tiles += [(number, block, split) for block in range(blocks) for split in range(splits)]
-        self.jobs = torch.tensor(jobs, dtype=torch.int64).to(device)
-        self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
-        self.counters = torch.zeros(counter, dtype=torch.int32, device=device)
+            (width, group_blocks), layout = blocks_of[s.group], state.layouts[s.group]
+            block = state.slots[layout.slots[0]].block
+            per_unit = 1 if s.of_rows else block.per_unit
+            by_position = per_unit > 1 and block.unit_stride == 1
+            for i in range(blocks):
+                unit, end = s.units(i * size, min((i + 1) * size, s.outputs), per_unit, by_position, layout.num_units)
+                first, last = unit // width, (end - 1) // width
+                if end > layout.num_units:
+                    # from the last block on to the first ones
+                    last = group_blocks + (end - layout.num_units - 1) // width
+                touched = min(last - first + 1, group_blocks)
+                for b in range(first, first + touched):
+                    expected[first_block[s.group] + b % group_blocks] += 1
+                for split in range(splits):
+                    tiles += (number, i, split, first, touched)
+        self.programs, self.num_blocks, self.types = len(tiles) // 5, len(expected), types
+        self.jobs, self.tiles, self.expected, self.counters = upload(
+            state.buffer.device, (jobs or [0], 64), (tiles or [0], 32), (expected, 32), ([0] * counter, 32)
+        )
         self.place = place
         # which of a step's tensors a job reads, and from which byte
         self.sources = [(s.tensor, s.offset * s.dtype.itemsize) for s in sums]
-        self.sender = _Sender(len(sums), device)
+        self.sender = _Sender(self.sources, state.buffer.device)
         self.dirty = False
 
     def allocate(self, scratch: int) -> None:
         """Make the workspace, with so many more bytes."""
         self.workspace = torch.empty((self.place + scratch) // 8, dtype=torch.int64, device=self.counters.device)
+
+
+def upload(device: torch.device, *tables: tuple[Sequence[int], int]) -> list[Tensor]:
+    """Integers of 32 or 64 bits each as tensors on a device, in one copy that nobody waits for.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, in which the copy would be made at every replay and not now.
+    """
+    if is_capturing(device):
+        raise RuntimeError(_BEFORE_CAPTURE)
+    parts = []
+    for numbers, bits in tables:
+        part = torch.tensor(numbers, dtype=torch.int64 if bits == 64 else torch.int32).view(torch.uint8)
+        # so that each begins where 16 bytes can be read at once
+        parts.append(torch.nn.functional.pad(part, (0, -len(part) % 16)))
+    together = torch.cat(parts)
+    if device.type != "cpu":
+        together = together.pin_memory().to(device, non_blocking=True)
+    placed, at = [], 0
+    for (numbers, bits), part in zip(tables, parts, strict=True):
+        dtype = torch.int64 if bits == 64 else torch.int32
+        placed.append(together[at : at + len(numbers) * bits // 8].view(dtype))
+        at += len(part)
+    return placed
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph of the device's current stream is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _activation_sums(state: State, held: Sequence[Tensor], slots: Sequence[int]) -> list[_Sum]:
@@ -209,16 +281,16 @@ def _activation_sums(state: State, held: Sequence[Tensor], slots: Sequence[int])
             feature.stride,
             _merged(axes),
             slot.group,
-            slot.columns.start,
-            samples,
-            s,
+            column=slot.columns.start,
+            samples=samples,
+            slot=s,
         )
         sums += _peeled(one) if samples else []
     return sums
 
 
-def _input_sum(weight: Tensor, number: int, slot: Slot, groups: int, out: int) -> tuple[_Sum, int]:
-    """abs(W_out) by column, with the number of neighbouring outputs that make up a column."""
+def _input_sum(weight: Tensor, number: int, slot: Slot, groups: int, out: int) -> _Sum:
+    """abs(W_out) by column, or by several neighbouring outputs for each column."""
     shape, stride, columns = weight.shape, weight.stride(), slot.columns.stop - slot.columns.start
     kernel = _merged([Axis(*a) for a in zip(shape[2:], stride[2:], strict=True)])
     inputs, outputs = Axis(shape[1 - out], stride[1 - out]), Axis(shape[out] // groups, stride[out])
@@ -226,12 +298,14 @@ def _input_sum(weight: Tensor, number: int, slot: Slot, groups: int, out: int) -
     # rows dense in memory are read along it, and the kernel's positions put together afterwards
     if len(kernel) == 1 and inputs.stride == kernel[0].size * kernel[0].stride:
         (fold, near), reduced = kernel[0], [outputs]
-    first, period, far, offset = 0, columns * fold, 0, slot.block.start * inputs.stride
-    if groups > 1:
-        first, period, far, offset = slot.block.start * fold, inputs.size * fold, outputs.size * outputs.stride, 0
-    return _Sum(
-        number, offset, weight.dtype, columns * fold, first, period, far, near, _merged(reduced), slot.group
-    ), fold
+    # of a grouped convolution, whose columns lie in the rows of their group, from the first group on that is read
+    above, start = divmod(slot.block.start, inputs.size) if groups > 1 else (0, slot.block.start)
+    group_stride = outputs.size * outputs.stride
+    first, period, far, offset = start * fold, inputs.size * fold, group_stride, above * group_stride
+    if groups == 1 or start + columns <= inputs.size:
+        first, period, far, offset = 0, columns * fold, 0, offset + start * inputs.stride
+    reduced = _merged(reduced)
+    return _Sum(number, offset, weight.dtype, columns * fold, first, period, far, near, reduced, slot.group, fold)
 
 
 def _output_sum(weight: Tensor, number: int, group: int, units: int, block: Sequence[int], out: int) -> _Sum:
@@ -243,76 +317,123 @@ def _output_sum(weight: Tensor, number: int, group: int, units: int, block: Sequ
     period, far = per_unit, unit_stride * stride
     if per_unit == 1 or unit_stride == per_unit * position_stride:
         period, far, near = outputs, 0, far if per_unit == 1 else near
-    return _Sum(number, start * stride, weight.dtype, outputs, 0, period, far, near, _merged(axes), group)
+    reduced = _merged(axes)
+    return _Sum(
+        number, start * stride, weight.dtype, outputs, 0, period, far, near, reduced, group, per_unit, of_rows=True
+    )
 
 
 class _Sender:
-    """A small int64 table that changes from step to step, on its way to the device without waiting for it."""
+    """The addresses of a launch's sums, which change from step to step, on their way to the device without a wait.
+
+    Whoever launches on several streams orders them as the state asks for anyway.
+    """
 
     _RING = 4
 
-    def __init__(self, length: int, device: torch.device) -> None:
-        self._length = length
+    def __init__(self, sources: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._sources = sources
         self._device = device
-        self._last: list[int] = []
+        self._last: list[int] | None = None
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
         self._next = 0
-        self._target = torch.empty(0, dtype=torch.int64)
+        self._target = torch.empty(len(sources), dtype=torch.int64, device=device)
         # a CUDA graph reads its own pinned buffer at every replay; none can be had while a stream is captured
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
     def _pinned(self) -> Tensor:
-        return torch.empty(self._length, dtype=torch.int64, pin_memory=True)
+        return torch.empty(len(self._sources), dtype=torch.int64, pin_memory=True)
 
-    def send(self, values: list[int]) -> Tensor:
-        """A device tensor of these values, for kernels launched after this call.
+    def send(self, addresses: list[int]) -> Tensor:
+        """Where each sum begins, by the addresses of the tensors: for kernels launched on this stream after this call.
 
         Raises:
             RuntimeError: a graph is captured before a step of this shape has run.
         """
-        if self._device.type == "cpu":
-            return torch.tensor(values, dtype=torch.int64)
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             if self._spare is None:
-                raise RuntimeError("run a step with inputs of the same shape before each capture of a CUDA graph")
+                raise RuntimeError(_BEFORE_CAPTURE)
             pinned, self._spare = self._spare, None
-            target = torch.empty(self._length, dtype=torch.int64, device=self._device)
+            target = torch.empty_like(self._target)
             self._captured += [pinned, target]
-            pinned.copy_(torch.tensor(values, dtype=torch.int64))
+            pinned.copy_(self._values(addresses))
             return target.copy_(pinned, non_blocking=True)
-        if self._spare is None:
-            self._spare = self._pinned()
-        if values == self._last:
+        if addresses == self._last:
             return self._target
-        if not self._ring:
-            self._target = torch.empty(self._length, dtype=torch.int64, device=self._device)
-            self._ring = [(self._pinned(), torch.cuda.Event()) for _ in range(self._RING)]
-        pinned, sent = self._ring[self._next]
-        self._next = (self._next + 1) % self._RING
-        # the copy of four sends ago has long been made
-        sent.synchronize()
-        pinned.copy_(torch.tensor(values, dtype=torch.int64))
-        self._target.copy_(pinned, non_blocking=True)
-        sent.record()
-        self._last = values
+        if self._device.type == "cpu":
+            self._target.copy_(self._values(addresses))
+        else:
+            if not self._ring:
+                self._ring = [(self._pinned(), torch.cuda.Event()) for _ in range(self._RING)]
+            if self._spare is None:
+                self._spare = self._pinned()
+            pinned, sent = self._ring[self._next]
+            self._next = (self._next + 1) % self._RING
+            # the copy of four sends ago has long been made
+            sent.synchronize()
+            pinned.copy_(self._values(addresses))
+            self._target.copy_(pinned, non_blocking=True)
+            sent.record()
+        self._last = addresses
         return self._target
 
+    def _values(self, addresses: list[int]) -> Tensor:
+        return torch.tensor([addresses[tensor] + offset for tensor, offset in self._sources], dtype=torch.int64)
 
-def meta_of(rule: Rule, wide: bool, flattened: bool) -> dict[str, Any]:
-    """What `select` is compiled for, besides the kinds of sums: a rule, float64 utilities, several columns a unit."""
+
+def meta_of(rule: Rule, wide: bool) -> dict[str, Any]:
+    """What `select` is compiled for, besides the types that it sums: a rule, and whether utilities are float64."""
     return {
         "ACTIVATION": rule.activation is not None,
         "OUTGOING": (None, "sum", "mean").index(rule.outgoing),
         "INCOMING": (None, "times_sum", "divide").index(rule.incoming),
+        "MEAN": rule.keeps_mean,
         "MIN_MAX": rule.name == "clarena",
-        "SCORE": int(rule.name == "clarena"),
+        "SCORE": 2 if rule.utility == "random" else int(rule.name == "clarena"),
         "ACCRUAL": 2 if rule.name == "clarena" else int(rule.accrual == "all"),
         "COUNT": 2 if rule.name == "clarena" else int(not rule.accumulate),
         "WIDE_UTILITY": wide,
-        # tiles of units times positions: a single position would waste all but one of a tile's lanes
-        "POSITIONS": 32 if flattened else 1,
     }
+
+
+def kernels_of(
+    rule: Rule, wide: bool, types: int, previous: bool, inline: bool = True
+) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that steps may launch, with what each is compiled for.
+
+    Args:
+        types: bit i is set if sums of the type numbered i occur.
+        previous: whether distances are measured from the mean that the step before left.
+        inline: whether activations may be summed in the forward.
+    """
+    k, meta = triton_kernels, meta_of(rule, wide)
+    found: list[tuple[Any, dict[str, Any]]] = []
+    if rule.activation or rule.outgoing or rule.incoming:
+        found.append((k.select, {"TYPES": types, **meta}))
+    if meta["MIN_MAX"] or meta["SCORE"] == 2:
+        found.append((k.score, score_meta(meta)))
+    found.append((k.reinit, reinit_meta(rule, wide)))
+    if rule.keeps_mean:
+        found.append((k.capture, {"TYPES": types, "SUM": k.VALUES.value, "COUNTS": True}))
+    if rule.centred:
+        found.append((k.hat, {"PREVIOUS": previous}))
+        found.append((k.capture, {"TYPES": types, "SUM": k.DISTANCES.value, "COUNTS": False}))
+    elif rule.activation and (inline or rule.keeps_mean):
+        found.append((k.capture, {"TYPES": types, "SUM": k.MAGNITUDES.value, "COUNTS": not rule.keeps_mean}))
+    if rule.transfer_bias:
+        found.append((k.transfer, {}))
+    return found
+
+
+def score_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """What `score` is compiled for, of what `select` is."""
+    return {key: meta[key] for key in ("MIN_MAX", "MEAN", "SCORE", "ACCRUAL", "COUNT", "WIDE_UTILITY")}
+
+
+def reinit_meta(rule: Rule, wide: bool) -> dict[str, Any]:
+    """What `reinit` is compiled for."""
+    return {"WIDE_UTILITY": wide, "DISTRIBUTION": ("uniform", "normal", "unit").index(rule.distribution)}
 
 
 class _Tables:
@@ -322,6 +443,8 @@ class _Tables:
         device = self.device = state.buffer.device
         self.address = state.buffer.data_ptr()
         self.is_chosen = torch.zeros(state.age.numel(), dtype=torch.int32, device=device)
+        columns = state.activation.numel() if state.rule.centred else 0
+        self.hat = torch.empty(columns, dtype=torch.float64, device=device)
         fields = (
             state.step,
             state.seed,
@@ -330,37 +453,80 @@ class _Tables:
             state.num_replaced,
             state.count,
             state.activation,
+            state.feature,
+            state.running_mean,
             state.utility,
             state.age,
             state.num_chosen,
             state.chosen,
             self.is_chosen,
+            self.hat,
         )
         addresses = Addresses._make([*(f.data_ptr() for f in fields), len(state.layouts)])
-        self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
+        if len(state.layouts) >= 2**15:
+            raise ValueError(f"backend 'triton' serves less than 32768 unit groups, not {len(state.layouts)}")
+        rows: list[int] = []
+        for i, slot in enumerate(state.slots):
+            layout = state.layouts[slot.group]
+            _, unit_stride, per_unit, position_stride = slot.block
+            rows += Columns(
+                i, slot.columns.start, layout.units.start, layout.num_units, per_unit, unit_stride, position_stride
+            )
+        every = [(g, b) for g, (_, blocks) in enumerate(_blocks_of(state)) for b in range(blocks)]
+        self.every_block = len(every)
+        self.addresses, self.columns, self.blocks = upload(
+            device, (addresses, 64), (rows, 64), ([n for block in every for n in block], 32)
+        )
         self.plans: dict[object, _Step] = {}
-        self.captures: dict[object, list[_Plan]] = {}
+        # of each list of slots
+        self.captures: dict[tuple[int, ...], dict[object, list[_Round]]] = {}
         self.targets: dict[object, _Targets] = {}
         self.captured: list[object] = []
         self.wide = state.utility.dtype == torch.float64
-        self.meta = meta_of(state.rule, self.wide, any(layout.columns_per_unit > 1 for layout in state.layouts))
+        self.meta = meta_of(state.rule, self.wide)
+        self.reinit_meta = reinit_meta(state.rule, self.wide)
+        self._rate = -1.0
+        self._ranked: tuple[int, ...] = ()
+
+    def ranked(self, state: State) -> tuple[int, ...]:
+        """The groups of which so many units may be chosen that comparing all with all is quicker than one by one."""
+        if state.replacement_rate != self._rate:
+            self._rate = state.replacement_rate
+            self._ranked = tuple(
+                g
+                for g, layout in enumerate(state.layouts)
+                if at_most(state.rule, layout.num_units, self._rate) > max(_MANY, layout.num_units**2 >> 21)
+            )
+        return self._ranked
 
     def on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        """Triton launches, events and streams are of the current device."""
+        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+            return _NOTHING
+        return torch.cuda.device(self.device)
 
-    def used(self, tables: _T) -> _T:
+    def used(self, tables: object) -> None:
         """What a CUDA graph uses must stay for its replays."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             self.captured.append(tables)
-        return tables
 
 
-def _keep(entries: dict[object, _T], key: object, value: _T) -> None:
-    """Put an entry into a table of tables, which forgets the oldest."""
-    if len(entries) >= _KEPT:
-        entries.pop(next(iter(entries)))
-    entries[key] = value
+def at_most(rule: Rule, num_units: int, rate: float) -> int:
+    """How many units of a group a step chooses, unless the choice was held up before."""
+    if rule.name == "clarena":
+        return 1
+    return num_units if rule.accrual == "all" else min(num_units, int(rate * num_units) + 1)
+
+
+def _recent(entries: dict[Any, _T], key: object, make: Callable[[], _T]) -> _T:
+    """An entry of a table of tables, which forgets the one that was not used for the longest time."""
+    entry = entries.pop(key, None)
+    if entry is None:
+        entry = make()
+        if len(entries) >= _KEPT:
+            del entries[next(iter(entries))]
+    entries[key] = entry
+    return entry
 
 
 _tables: WeakKeyDictionary[State, _Tables] = WeakKeyDictionary()
@@ -373,82 +539,151 @@ def _tables_of(state: State) -> _Tables:
     return tables
 
 
-def _launch(tables: _Tables, plan: _Plan, kernel: object, args: Sequence[Tensor], meta: dict[str, Any]) -> None:
+def prepare(state: State, inline: bool) -> None:
+    """Compile, for activations of the weights' types, what the steps of a state will launch on its device.
+
+    Args:
+        inline: whether activations may be summed in the forward.
+    """
+    device = state.buffer.device
+    if triton.knobs.runtime.interpret:
+        return
+    types = 0
+    for ref in (*state.weights, *(region.ref for region in state.regions if region.kind == DRAW)):
+        types |= 1 << _TYPES[ref.dtype]
+    wide = state.utility.dtype == torch.float64
+    wanted = kernels_of(state.rule, wide, types, state.previous_mean, inline)
+    if any(at_most(state.rule, layout.num_units, state.replacement_rate) > _MANY for layout in state.layouts):
+        wanted.append((triton_kernels.rank, {}))
+    names = ", ".join(dict.fromkeys(kernel.fn.__name__ for kernel, _ in wanted))
+    # said only where it takes long: what is in the cache is loaded at once
+    said = Timer(
+        1.0, _log.warning, ("compiling %s for %s, once; they are kept in %s", names, device, triton.knobs.cache.dir)
+    )
+    said.daemon = True
+    said.start()
+    try:
+        with torch.cuda.device(device):
+            for kernel, meta in wanted:
+                triton_kernels.compile_(kernel, device, meta)
+    finally:
+        said.cancel()
+
+
+def _launch(
+    tables: _Tables, plan: _Plan, kernel: object, programs: int, args: Sequence[Tensor], meta: dict[str, Any]
+) -> None:
     """Launch a kernel that counts its programs; whatever stops it, the next one finds the counters at zero."""
     tables.used(plan)
     if plan.dirty:
         plan.counters.zero_()
     plan.dirty = True
-    with tables.on_device():
-        triton_kernels.launch(kernel, (len(plan.tiles),), args, meta)
+    triton_kernels.launch(kernel, (programs,), args, meta)
     plan.dirty = False
-
-
-def _layout_of(tensors: Sequence[Tensor]) -> tuple[object, ...]:
-    """What a plan depends on; the same for the same memory layout and alignment."""
-    return tuple((t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
 
 
 def capture_(state: State, slot: int, h: Tensor) -> None:
     """See `reference.capture_`."""
-    if not state.rule.activation or is_compiling():
+    if is_compiling():
         # a compiler makes a kernel of its own from this
         reference.capture_(state, slot, h)
+    elif state.rule.activation or state.rule.keeps_mean:
+        tables = _tables_of(state)
+        with tables.on_device():
+            _run_captures(state, tables, *_captures(state, tables, [h], [slot]))
     else:
-        _capture(state, [h], [slot])
+        reference.capture_(state, slot, h)
 
 
-def _capture(state: State, held: Sequence[Tensor], slots: Sequence[int]) -> None:
-    """Add forwards' activations to their sums, in one launch where each slot was seen in one forward."""
-    full = [i for i, h in enumerate(held) if h.numel()]
-    held, slots = [held[i] for i in full], [slots[i] for i in full]
-    tables = _tables_of(state)
-    key = (tuple(slots), _layout_of(held))
-    plans = tables.captures.get(key)
-    if plans is None:
-        plans = []
-        for sums in _apart(_activation_sums(state, held, slots)):
-            plans.append(_Plan(sums, [h.data_ptr() % 16 for h in held], len(state.layouts), tables.device))
-            plans[-1].allocate(0)
-        _keep(tables.captures, key, plans)
-    for plan in plans:
-        tensors = plan.sender.send([held[tensor].data_ptr() + offset for tensor, offset in plan.sources])
-        args = (plan.tiles, plan.jobs, tensors, tables.addresses, plan.workspace, plan.counters)
-        _launch(tables, plan, triton_kernels.capture, args, {"KINDS": plan.kinds})
+class _Round:
+    """One forward of each of some slots: sums, in several launches where an activation has too many axes for one."""
+
+    def __init__(self, state: State, parts: Sequence[Sequence[_Sum]], aligned: Sequence[int]) -> None:
+        self.plans = [_Plan(state, sums, aligned) for sums in parts]
+        for plan in self.plans:
+            plan.allocate(0)
+        blocks: list[int] = []
+        for s in parts[0] if state.rule.centred else ():
+            units = state.layouts[s.group].num_units
+            blocks += [n for b in range(-(-units // _UNITS)) for n in (s.slot, b)]
+        self.hats = len(blocks) // 2
+        (self.hat_blocks,) = upload(state.buffer.device, (blocks or [0], 32))
 
 
-def _apart(sums: Sequence[_Sum]) -> list[list[_Sum]]:
-    """Lists in which no two sums belong to the same columns; only the first part of an activation counts samples."""
-    apart: list[list[_Sum]] = []
-    seen: set[int] = set()
+def _rounds(sums: Sequence[_Sum]) -> list[list[list[_Sum]]]:
+    """By forward of a slot and by part of an activation: no two sums of a list are of the same columns."""
+    rounds: list[list[list[_Sum]]] = []
+    seen: dict[int, list[int]] = {}
+    parts: Counter[int] = Counter()
     for s in sums:
-        s = s._replace(samples=0) if s.tensor in seen else s
-        seen.add(s.tensor)
-        place = next((a for a in apart if all(other.slot != s.slot for other in a)), None)
-        if place is None:
-            apart.append([s])
-        else:
-            place.append(s)
-    return apart
+        forwards = seen.setdefault(s.slot, [])
+        if s.tensor not in forwards:
+            forwards.append(s.tensor)
+        n, part = forwards.index(s.tensor), parts[s.tensor]
+        parts[s.tensor] += 1
+        if n == len(rounds):
+            rounds.append([])
+        if part == len(rounds[n]):
+            rounds[n].append([])
+        # only the first part counts samples
+        rounds[n][part].append(s if part == 0 else s._replace(samples=0))
+    return rounds
+
+
+def _captures(
+    state: State, tables: _Tables, held: Sequence[Tensor], slots: Sequence[int]
+) -> tuple[list[_Round], list[int]]:
+    """What adds forwards' activations to their sums, and the addresses that it takes."""
+    held = [*held]
+    layout, addresses = describe(held)
+
+    def make() -> list[_Round]:
+        aligned = [a % 16 for a in addresses]
+        return [_Round(state, parts, aligned) for parts in _rounds(_activation_sums(state, held, slots))]
+
+    return _recent(tables.captures.setdefault(tuple(slots), {}), layout, make), addresses
+
+
+def _run_captures(state: State, tables: _Tables, rounds: Sequence[_Round], addresses: list[int]) -> None:
+    k, rule = triton_kernels, state.rule
+
+    def add_up(plans: Sequence[_Plan], what: int, counts: bool) -> None:
+        for plan in plans:
+            args = (plan.tiles, plan.jobs, plan.sender.send(addresses), tables.addresses, plan.workspace, plan.counters)
+            meta = {"TYPES": plan.types, "SUM": what, "COUNTS": counts}
+            _launch(tables, plan, k.capture, plan.programs, args, meta)
+
+    for one in rounds:
+        if rule.keeps_mean:
+            add_up(one.plans, k.VALUES.value, True)
+        if rule.centred:
+            tables.used(one)
+            hats = (one.hat_blocks, tables.columns, tables.addresses)
+            k.launch(k.hat, (one.hats,), hats, {"PREVIOUS": state.previous_mean})
+            add_up(one.plans, k.DISTANCES.value, False)
+        elif rule.activation:
+            add_up(one.plans, k.MAGNITUDES.value, not rule.keeps_mean)
 
 
 @torch.no_grad()
 def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
     """See `reference.sum_`; of processes that have all weights, which `choose_` reads."""
     assert not weights
-    if state.rule.activation:
-        _capture(state, held, slots)
+    if state.rule.activation or state.rule.keeps_mean:
+        tables = _tables_of(state)
+        with tables.on_device():
+            _run_captures(state, tables, *_captures(state, tables, held, slots))
     else:
         for number, h in zip(slots, held, strict=True):
             reference.capture_(state, number, h)
-    for total, mine in zip(reference.totals(state), (state.count, state.activation), strict=False):
+    for total, mine in zip(reference.totals(state), (state.count, state.activation, state.feature), strict=True):
         total.copy_(mine)
 
 
 @torch.no_grad()
 def choose_(state: State, weights: Sequence[Tensor]) -> int:
     """See `reference.choose_`."""
-    for mine, total in zip((state.count, state.activation), reference.totals(state), strict=False):
+    for mine, total in zip((state.count, state.activation, state.feature), reference.totals(state), strict=True):
         mine.copy_(total)
     return select_(state, weights, [], [])
 
@@ -456,178 +691,264 @@ def choose_(state: State, weights: Sequence[Tensor]) -> int:
 class _Step(_Plan):
     """The plan of a whole step: sums over held activations and weights, then every group's choice."""
 
-    def __init__(self, state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
-        tensors = [*held, *weights]
-        order = sorted(range(len(held)), key=lambda i: slots[i])
-        held, slots = [held[i] for i in order], [slots[i] for i in order]
-        tensors[: len(held)] = held
-        sums = _activation_sums(state, held, slots)
-        activations = [s.slot for s in sums]
+    def __init__(
+        self,
+        state: State,
+        weights: Sequence[Tensor],
+        held: Sequence[Tensor],
+        slots: Sequence[int],
+        aligned: Sequence[int],
+        ranked: Sequence[int],
+    ) -> None:
+        # activations by slot, so that a slot's sums are neighbours
+        activations = sorted(_activation_sums(state, held, slots), key=lambda s: s.slot)
+        sums, rule = list(activations), state.rule
+        of_slot = [s.slot for s in activations]
         # only the first part of a divided activation brings its samples
         samples = [0] * len(state.slots)
         for h, s in zip(held, slots, strict=True):
             slot = state.slots[s]
             samples[s] += h.numel() // h.shape[h.dim() - 1 - slot.spatial]
-        folds, sum_of_slot = [1] * len(state.slots), [0] * len(state.slots)
+        sum_of_slot = [0] * len(state.slots)
         for i, slot in enumerate(state.slots):
-            if state.rule.outgoing:
+            if rule.outgoing:
                 module, number = state.modules[slot.weight], len(held) + slot.weight
-                groups_, out = getattr(module, "groups", 1), out_axis(module)
-                one, folds[i] = _input_sum(tensors[number], number, slot, groups_, out)
                 sum_of_slot[i] = len(sums)
-                sums.append(one)
-        incoming = []
+                weight = weights[slot.weight]
+                sums.append(_input_sum(weight, number, slot, getattr(module, "groups", 1), out_axis(module)))
+        incoming: list[int] = []
         for g, layout in enumerate(state.layouts):
             for i, block in layout.incoming:
-                number = len(held) + i
-                one = _output_sum(tensors[number], number, g, layout.num_units, block, out_axis(state.modules[i]))
                 incoming += [len(sums), block.per_unit]
-                sums.append(one)
-        device = state.buffer.device
-        super().__init__(sums, [t.data_ptr() % 16 for t in tensors], len(state.layouts), device)
-        self.order = order
-        readers, groups, first_incoming, scratch = [], [], 0, self.place
+                out = out_axis(state.modules[i])
+                sums.append(_output_sum(weights[i], len(held) + i, g, layout.num_units, block, out))
+        super().__init__(state, sums, aligned)
+        readers: list[int] = []
+        groups: list[int] = []
+        first_incoming, first_block, scratch = 0, 0, self.place
         for i, slot in enumerate(state.slots):
             _, unit_stride, per_unit, position_stride = slot.block
             elements = per_unit
-            if state.rule.outgoing:
+            if rule.outgoing:
                 elements = per_unit * (weights[slot.weight].numel() // slot.features)
-            first = bisect_left(activations, i)
-            readers.append(
-                Reader(
-                    slot.columns.start,
-                    per_unit,
-                    unit_stride,
-                    position_stride,
-                    samples[i],
-                    first,
-                    bisect_right(activations, i) - first,
-                    self.totals[sum_of_slot[i]] if state.rule.outgoing else 0,
-                    folds[i],
-                    elements,
-                )
+            first = bisect_left(of_slot, i)
+            readers += Reader(
+                slot.columns.start,
+                per_unit,
+                unit_stride,
+                position_stride,
+                samples[i],
+                first,
+                bisect_right(of_slot, i) - first,
+                self.totals[sum_of_slot[i]] if rule.outgoing else 0,
+                sums[sum_of_slot[i]].fold if rule.outgoing else 1,
+                elements,
             )
-        for g, layout in enumerate(state.layouts):
+        for g, (layout, (width, blocks)) in enumerate(zip(state.layouts, _blocks_of(state), strict=True)):
             fan_in = 0
             for i, block in layout.incoming:
                 fan_in += block.per_unit * (weights[i].numel() // weights[i].shape[out_axis(state.modules[i])])
-            groups.append(
-                Group(
-                    layout.units.start,
-                    layout.num_units,
-                    layout.slots[0],
-                    len(layout.slots),
-                    first_incoming,
-                    len(layout.incoming),
-                    fan_in,
-                    layout.stream,
-                    self.blocks[g],
-                    scratch,
-                )
+            groups += Group(
+                layout.units.start,
+                layout.num_units,
+                width,
+                first_block,
+                blocks,
+                layout.columns_per_unit,
+                layout.slots[0],
+                len(layout.slots),
+                first_incoming,
+                len(layout.incoming),
+                fan_in,
+                layout.stream,
+                int(g in ranked),
+                scratch,
             )
             first_incoming += len(layout.incoming)
-            scratch += 4 * 8 * layout.num_units
-        self.readers = torch.tensor(readers, dtype=torch.int64).to(device)
-        self.groups = torch.tensor(groups, dtype=torch.int64).to(device)
-        self.incoming = torch.tensor(incoming or [0], dtype=torch.int64).to(device)
+            first_block += blocks
+            scratch += 8 * (2 * layout.num_units + 4 * blocks)
+        several = [n for g in ranked for b in range(_blocks_of(state)[g][1]) for n in (g, b)]
+        self.readers, self.groups, self.incoming, self.ranked_blocks = upload(
+            state.buffer.device, (readers, 64), (groups, 64), (incoming or [0], 64), (several or [0], 32)
+        )
+        self.ranked = len(several) // 2
         self.allocate(scratch - self.place)
 
 
 @torch.no_grad()
 def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
     """See `reference.select_`."""
-    full = [i for i, h in enumerate(held) if h.numel()]
-    held, slots = [held[i] for i in full], [slots[i] for i in full]
     if state.buffer.is_cpu and not held and not state.count.any():
         return 0
-    tables = _tables_of(state)
-    key = (tuple(slots), _layout_of([*held, *weights]))
-    plan = tables.plans.get(key)
-    if plan is None:
-        plan = _Step(state, weights, held, slots)
-        _keep(tables.plans, key, plan)
-    addresses = [held[i].data_ptr() for i in plan.order] + [w.data_ptr() for w in weights]
-    tensors = plan.sender.send([addresses[tensor] + offset for tensor, offset in plan.sources])
-    args = (plan.tiles, plan.jobs, tensors, plan.groups, plan.readers, plan.incoming, tables.addresses)
-    _launch(
-        tables,
-        plan,
-        triton_kernels.select,
-        (*args, plan.workspace, plan.counters),
-        {"KINDS": plan.kinds, **tables.meta},
-    )
+    tables, k = _tables_of(state), triton_kernels
+    with tables.on_device():
+        captures = None
+        # a mean must be there before distances from it, and its samples twice
+        if state.rule.keeps_mean and held:
+            captures = _captures(state, tables, held, slots)
+            held, slots = [], []
+        tensors = [*held, *weights]
+        layout, addresses = describe(tensors)
+        ranked = tables.ranked(state)
+
+        def make() -> _Step:
+            return _Step(state, weights, held, slots, [a % 16 for a in addresses], ranked)
+
+        plan = _recent(tables.plans, (layout, tuple(slots), ranked), make)
+        # all tables are there before the first launch
+        sent = plan.sender.send(addresses)
+        if captures:
+            _run_captures(state, tables, *captures)
+        meta, groups = tables.meta, (plan.groups, plan.readers, plan.incoming)
+        places = (tables.addresses, plan.workspace, plan.counters)
+        if plan.programs:
+            args = (plan.tiles, plan.jobs, sent, *groups, plan.expected, *places)
+            _launch(tables, plan, k.select, plan.programs, args, {"TYPES": plan.types, **meta})
+        if meta["MIN_MAX"] or not plan.programs:
+            rest = (tables.blocks, plan.jobs, *groups, *places)
+            _launch(tables, plan, k.score, tables.every_block, rest, score_meta(meta))
+        if plan.ranked:
+            k.launch(k.rank, (plan.ranked,), (plan.ranked_blocks, plan.groups, tables.addresses, plan.workspace), {})
     return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
 
 
 class _Targets:
-    """The tables of one re-initialisation."""
+    """The tables of one re-initialisation: transfers and then the rest, all of each at once."""
 
-    def __init__(self, state: State, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        device = state.buffer.device
-        regions = [state.regions[n >> 1] for n in numbers]
-        # what is written, so that regions which write the same may do so in any order
-        writes = [
-            (r.kind == DRAW and not n & 1, r.stream, r.distribution, 0.0 if n & 1 else r.value)
-            for n, r in zip(numbers, regions, strict=True)
+    def __init__(self, state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        rest = iter(tensors)
+        transfers: list[list[tuple[Region, Tensor, Tensor]]] = [[]]
+        others: list[list[tuple[Region, bool, Tensor]]] = [[]]
+        # layers that are drawn anew: where such a one is read, in a circle of layers, what is new is read
+        drawn: set[int] = set()
+        for number in regions:
+            region, is_slot, tensor = state.regions[number >> 1], bool(number & 1), next(rest)
+            if region.kind == TRANSFER:
+                if id(region.ref.owner) in drawn:
+                    transfers.append([])
+                    others.append([])
+                    drawn.clear()
+                transfers[-1].append((region, tensor, next(rest)))
+                continue
+            if not is_slot and (region.kind == DRAW or region.ref.key == "bias"):
+                drawn.add(id(region.ref.owner))
+            others[-1].append((region, is_slot, tensor))
+        self.rounds = [
+            (_transfers_of(state, first), _writes_of(state, then, last=then is others[-1]))
+            for first, then in zip(transfers, others, strict=True)
         ]
-        targets: list[Target] = []
-        masks: list[Mask] = []
-        owners: list[Tensor] = []
-        tiles = []
-        for i, (region, tensor) in enumerate(zip(regions, tensors, strict=True)):
-            draws, _, distribution, value = writes[i]
-            first_mask = len(masks)
-            for j in range(i + 1, len(regions)):
-                later = regions[j]
-                if tensors[j] is tensor and writes[j] != writes[i] and later.axis != region.axis:
-                    rows, columns = (tensor.shape[0] // later.conv_groups, tensor.shape[1])
-                    masks.append(Mask(sum(map(len, owners)), later.axis, rows, columns))
-                    owners.append(_owners(state, later, tensor.shape))
-            shape = (*tensor.shape, *(1,) * (5 - tensor.dim()))
-            strides = (*tensor.stride(), *(0,) * (5 - tensor.dim()))
-            inner = math.prod(shape[2:])
+
+
+def _transfers_of(state: State, transfers: Sequence[tuple[Region, Tensor, Tensor]]) -> tuple[int, list[Tensor]]:
+    """Programs and tables of `transfer`."""
+    of_bias: dict[int, list[tuple[Region, Tensor, Tensor]]] = {}
+    for one in transfers:
+        of_bias.setdefault(id(one[1]), []).append(one)
+    tiles: list[int] = []
+    biases: list[int] = []
+    rows: list[int] = []
+    for number, found in enumerate(of_bias.values()):
+        bias = found[0][1]
+        first = len(rows) // len(Transfer._fields)
+        biases += Bias(bias.data_ptr(), _TYPES[bias.dtype], len(bias), bias.stride(0), first, len(found))
+        tiles += [n for b in range(-(-len(bias) // _UNITS)) for n in (number, b)]
+        for region, _, weight in found:
+            inner_shape = (*weight.shape[2:], *(1,) * (5 - weight.dim()))
+            strides = (*weight.stride()[2:], *(0,) * (5 - weight.dim()))
             start, unit_stride, per_unit, position_stride = region.block
-            rows = shape[0] // region.conv_groups
-            elements = per_unit * inner * (rows if region.axis else shape[1])
-            (bits,) = struct.unpack("q", struct.pack("d", value))
-            kind = ("uniform", "normal", "unit").index(distribution) if draws else 3
-            programs = min(-(-elements // _BLOCK), 1024)
-            tiles += [(len(targets), program) for program in range(programs)]
-            targets.append(
-                Target(  # type: ignore[call-arg]
-                    tensor.data_ptr(),
-                    _TYPES[tensor.dtype],
-                    kind,
-                    bits,
-                    region.group,
-                    state.layouts[region.group].units.start,
-                    elements,
-                    programs,
-                    start,
-                    unit_stride,
-                    position_stride,
-                    region.axis,
-                    rows,
-                    shape[1],
-                    inner,
-                    shape[3],
-                    shape[4],
-                    *strides,
-                    region.stream,
-                    first_mask,
-                    len(masks) - first_mask,
-                )
+            rows += Transfer(
+                weight.data_ptr(),
+                _TYPES[weight.dtype],
+                region.group,
+                region.slot,
+                start,
+                unit_stride,
+                position_stride,
+                per_unit,
+                weight.shape[1 - region.axis] // region.conv_groups,
+                weight.shape[region.axis],
+                math.prod(inner_shape),
+                inner_shape[1],
+                inner_shape[2],
+                weight.stride(1 - region.axis),
+                weight.stride(region.axis),
+                *strides,
             )
-        for g, layout in enumerate(state.layouts):
-            tiles.append((len(targets), 0))
-            targets.append(Target._make([0, 0, 4, 0, g, layout.units.start, *[0] * (len(Target._fields) - 6)]))
-        self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
-        self.targets = torch.tensor(targets, dtype=torch.int64).to(device)
-        self.masks = torch.tensor(masks or [[0]], dtype=torch.int64).to(device)
-        self.owners = torch.cat(owners).to(device) if owners else torch.zeros(1, dtype=torch.int32, device=device)
+    tables = upload(state.buffer.device, (tiles or [0], 32), (biases or [0], 64), (rows or [0], 64))
+    return len(tiles) // 2, tables
 
 
-def _owners(state: State, region: Region, shape: Sequence[int]) -> Tensor:
+def _writes_of(state: State, writes: Sequence[tuple[Region, bool, Tensor]], last: bool) -> tuple[int, list[Tensor]]:
+    """Programs and tables of `reinit`; the last one forgets what was known of the units."""
+    # what is written, so that regions which write the same may do so in any order
+    what = [
+        (r.kind == DRAW and not is_slot, r.stream, r.distribution, 0.0 if is_slot else r.value)
+        for r, is_slot, _ in writes
+    ]
+    targets: list[int] = []
+    masks: list[int] = []
+    owners: list[int] = []
+    tiles: list[int] = []
+    for i, (region, _, tensor) in enumerate(writes):
+        draws, _, distribution, value = what[i]
+        first_mask = len(masks) // len(Mask._fields)
+        for j in range(i + 1, len(writes)):
+            later, _, other = writes[j]
+            if other is tensor and what[j] != what[i] and later.axis != region.axis:
+                masks += Mask(len(owners), later.axis, tensor.shape[0] // later.conv_groups, tensor.shape[1])
+                owners += _owners(state, later, tensor.shape)
+        shape = (*tensor.shape, *(1,) * (5 - tensor.dim()))
+        strides = (*tensor.stride(), *(0,) * (5 - tensor.dim()))
+        inner = math.prod(shape[2:])
+        start, unit_stride, per_unit, position_stride = region.block
+        rows = shape[0] // region.conv_groups
+        elements = per_unit * inner * (rows if region.axis else shape[1])
+        (bits,) = struct.unpack("q", struct.pack("d", value))
+        programs = min(-(-elements // _BLOCK), 1024)
+        tiles += [n for program in range(programs) for n in (len(targets) // len(Target._fields), program)]
+        targets += Target(  # type: ignore[call-arg]
+            tensor.data_ptr(),
+            _TYPES[tensor.dtype],
+            ("uniform", "normal", "unit").index(distribution) if draws else triton_kernels.FILL.value,
+            bits,
+            region.group,
+            state.layouts[region.group].units.start,
+            elements,
+            programs,
+            start,
+            unit_stride,
+            position_stride,
+            region.axis,
+            rows,
+            shape[1],
+            inner,
+            shape[3],
+            shape[4],
+            *strides,
+            region.stream,
+            first_mask,
+            len(masks) // len(Mask._fields) - first_mask,
+        )
+    nothing = Target._make([0] * len(Target._fields))
+    for g, layout in enumerate(state.layouts if last else ()):
+        units = nothing._replace(kind=triton_kernels.FORGET.value, group=g, first_unit=layout.units.start)
+        tiles += (len(targets) // len(Target._fields), 0)
+        targets += units
+        for slot in (state.slots[s] for s in layout.slots if state.rule.keeps_mean):
+            _, unit_stride, per_unit, position_stride = slot.block
+            tiles += (len(targets) // len(Target._fields), 0)
+            targets += units._replace(
+                kind=triton_kernels.FORGET_MEAN.value,
+                start=slot.columns.start,
+                unit_stride=unit_stride,
+                position_stride=position_stride,
+                elements=per_unit,
+            )
+    tables = ((tiles, 32), (targets or [0], 64), (masks or [0], 64), (owners or [0], 32))
+    return len(tiles) // 2, upload(state.buffer.device, *tables)
+
+
+def _owners(state: State, region: Region, shape: Sequence[int]) -> list[int]:
     """Which unit owns each index of a region's axis, in the numbering of all groups; -1 for none."""
     units = state.layouts[region.group].units
     size = shape[0] if region.axis == 0 else shape[1] * region.conv_groups
@@ -635,20 +956,21 @@ def _owners(state: State, region: Region, shape: Sequence[int]) -> Tensor:
     owners = torch.full((size,), -1, dtype=torch.int32)
     places = owners[start:].as_strided((units.stop - units.start, per_unit), (unit_stride, position_stride))
     places.copy_(torch.arange(units.start, units.stop, dtype=torch.int32)[:, None].expand_as(places))
-    return owners
+    return owners.tolist()
 
 
 @torch.no_grad()
-def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> None:
+def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
     """See `reference.reinit_`."""
-    tables = _tables_of(state)
-    key = (tuple(regions), tuple((t.data_ptr(), t.stride(), t.dtype) for t in tensors))
-    targets = tables.targets.get(key)
-    if targets is None:
-        targets = _Targets(state, regions, tensors)
-        _keep(tables.targets, key, targets)
-    args = (targets.tiles, targets.targets, targets.masks, targets.owners, tables.addresses)
-    meta = {"WIDE_UTILITY": tables.wide, "DISTRIBUTION": ("uniform", "normal", "unit").index(state.rule.distribution)}
-    tables.used(targets)
+    tables, k = _tables_of(state), triton_kernels
+    layout, addresses = describe(tensors)
     with tables.on_device():
-        triton_kernels.launch(triton_kernels.reinit, (len(targets.tiles),), args, meta)
+        key = (layout, tuple(addresses), tuple(regions))
+        targets = _recent(tables.targets, key, lambda: _Targets(state, regions, tensors))
+        tables.used(targets)
+        for (outputs, transfers), (programs, writes) in targets.rounds:
+            if outputs:
+                tiles, biases, rows = transfers
+                k.launch(k.transfer, (outputs,), (tiles, biases, rows, tables.columns, tables.addresses), {})
+            if programs:
+                k.launch(k.reinit, (programs,), (*writes, tables.addresses), tables.reinit_meta)

@@ -1,8 +1,10 @@
 """The Triton kernels, and the one function by which all of them are launched.
 
 `select` computes everything up to the choice for all groups in one launch, `reinit` writes what the choice asks for in
-a second one, `capture` sums one forward's activations where they are not held until the step. `triton_backend` builds
-the tables that they walk. Addresses travel as integers in tables, so that one launch can serve any number of tensors.
+a second one. Some steps take more: `capture` sums activations apart, `hat` is what a centred utility measures them
+from, `score` is the second half of `select` where that needs all units of a group at once, `rank` sorts where many are
+chosen, `transfer` moves what replaced units gave into biases. `triton_backend` builds the tables that they walk.
+Addresses travel as integers in tables, so that one launch can serve any number of tensors.
 """
 
 from __future__ import annotations
@@ -17,22 +19,54 @@ import triton.language as tl
 # how element types are numbered in the tables
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(tl.constexpr, range(4))
 # a tile that sums along its first axis, its outputs neighbours in memory, has outputs x reduced elements of these
-# sizes; one that sums along neighbours has them the other way round
+# sizes; one that sums along neighbours has them the other way round; of float64 half as many are reduced
 WIDE, NARROW = tl.constexpr(128), tl.constexpr(16)
-# elements that one program of `reinit` sets at once; units that are chosen from at once
+# units that one program brings from sums to scores; of units of several columns fewer, so many columns at a time
+UNITS, FEWER_UNITS, POSITIONS = tl.constexpr(128), tl.constexpr(8), tl.constexpr(32)
+# blocks of units that the last program of a group looks at, and elements that one of `reinit` sets, at once
 BLOCK = tl.constexpr(256)
-# up to this many units are chosen one by one, more of them by a radix select
-FEW = tl.constexpr(8)
+# what `capture` and `select` sum: abs(x), x, or abs(x - hat)
+MAGNITUDES, VALUES, DISTANCES = map(tl.constexpr, range(3))
+# the key of a unit that cannot be chosen
+NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 # with contraction, the same formula would round differently from one compiler to the next; left to itself, ptxas spills
 # what the choice needs to have a few more programs beside each other
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, **({} if torch.version.hip else {"maxnreg": 128})}
 
+# arguments that are tables of int32; all others are of int64
+INT32 = ("tiles", "counters", "owners", "expected", "blocks_of")
+# compiled kernels by what they were compiled for, and the device that they are loaded on
+_compiled: dict[tuple[object, ...], Any] = {}
 
-def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], meta: Mapping[str, Any]) -> None:
-    """Run a kernel; every launch goes through here."""
-    kernel[grid](*args, **meta, **OPTIONS)
+
+def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Run a kernel on the current device; every launch goes through here.
+
+    Args:
+        args: tables, all of them at multiples of 16 bytes.
+        meta: the kernel's constants, in its order.
+    """
+    key = (id(kernel), args[0].device.index, *meta.values())
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        # Triton's own way looks at every argument, and at every constant of this file, before each launch
+        compiled[(grid[0], 1, 1)](*args, *meta.values())
+    else:
+        compiled = kernel[grid](*args, **meta, **OPTIONS)
+        # the interpreter returns nothing
+        if compiled is not None:
+            _compiled[key] = compiled
+
+
+def compile_(kernel: Any, device: torch.device, meta: Mapping[str, Any]) -> None:
+    """Compile a kernel for a device, which must be the current one, if that has not been done."""
+    key = (id(kernel), device.index, *meta.values())
+    if key not in _compiled:
+        names = [name for name in kernel.arg_names if name not in meta]
+        types = [torch.int32 if name in INT32 else torch.int64 for name in names]
+        _compiled[key] = kernel.warmup(*types, grid=(1,), **meta, **OPTIONS)
 
 
 class Job(NamedTuple):
@@ -88,22 +122,33 @@ class Reader(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One group: `incoming` entries from `first_incoming` on are its producers' sums."""
+    """One group: `incoming` entries from `first_incoming` on are its producers' sums.
+
+    Its units come in blocks of `width`; in the workspace it has a key and a y of each unit, and of each block the least
+    key, how many units are mature and how many of those can be chosen, and the least and the greatest y: 8 bytes each.
+    """
 
     first_unit: int
     units: int
+    width: int
+    first_block: int
+    blocks: int
+    columns_per_unit: int
     first_reader: int
     readers: int
     first_incoming: int
     incoming: int
     fan_in: int
     stream: int
-    blocks: int  # of all its sums together
-    scratch: int  # place of 4 * units int64 in the workspace
+    ranked: int  # whether `rank` comes after, for more than MANY units
+    keys: int  # place in the workspace
 
 
-(G_FIRST_UNIT, G_UNITS, G_FIRST_READER, G_READERS, G_FIRST_INCOMING, G_INCOMING, G_FAN_IN, G_STREAM, G_BLOCKS,
- G_SCRATCH, GROUP) = map(tl.constexpr, range(len(Group._fields) + 1))  # fmt: skip
+(G_FIRST_UNIT, G_UNITS, G_WIDTH, G_FIRST_BLOCK, G_BLOCKS, G_PER_UNIT, G_FIRST_READER, G_READERS, G_FIRST_INCOMING,
+ G_INCOMING, G_FAN_IN, G_STREAM, G_RANKED, G_KEYS, GROUP) = map(
+    tl.constexpr, range(len(Group._fields) + 1))  # fmt: skip
+# up to so many units are chosen one after the other
+MANY = tl.constexpr(8)
 
 
 class Addresses(NamedTuple):
@@ -116,16 +161,20 @@ class Addresses(NamedTuple):
     num_replaced: int
     samples: int  # `State.count`
     activation: int
+    feature: int
+    running_mean: int
     utility: int
     age: int
     num_chosen: int
     chosen: int
     is_chosen: int
+    hat: int  # float64, one a column: what `capture` measures distances from
     num_groups: int  # itself, not an address
 
 
-(A_STEP, A_SEED, A_HYPER, A_PENDING, A_NUM_REPLACED, A_COUNT, A_ACTIVATION, A_UTILITY, A_AGE, A_NUM_CHOSEN, A_CHOSEN,
- A_IS_CHOSEN, A_NUM_GROUPS) = map(tl.constexpr, range(len(Addresses._fields)))  # fmt: skip
+(A_STEP, A_SEED, A_HYPER, A_PENDING, A_NUM_REPLACED, A_COUNT, A_ACTIVATION, A_FEATURE, A_RUNNING_MEAN, A_UTILITY,
+ A_AGE, A_NUM_CHOSEN, A_CHOSEN, A_IS_CHOSEN, A_HAT, A_NUM_GROUPS) = map(
+    tl.constexpr, range(len(Addresses._fields)))  # fmt: skip
 
 
 @triton.jit
@@ -145,18 +194,24 @@ def _arrive(counter, amount):
 
 
 @triton.jit
-def _magnitude(bits, TYPE: tl.constexpr):
-    """abs of what was loaded, in the type that sums run in; bfloat16 comes as int16."""
-    if TYPE == BFLOAT16:
-        return ((bits.to(tl.int32) & 0x7FFF) << 16).to(tl.float32, bitcast=True)
-    elif TYPE == FLOAT16:
-        return tl.abs(bits.to(tl.float32))
-    else:
-        return tl.abs(bits)
+def _field(addresses, number, dtype: tl.constexpr):
+    """A field of the state."""
+    return _pointer(tl.load(addresses + number), dtype)
 
 
 @triton.jit
-def _tile_sums(job, address, block, split, KIND: tl.constexpr):
+def _value(bits, TYPE: tl.constexpr):
+    """What was loaded, in the type that sums run in; bfloat16 comes as int16."""
+    if TYPE == BFLOAT16:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif TYPE == FLOAT16:
+        return bits.to(tl.float32)
+    else:
+        return bits
+
+
+@triton.jit
+def _tile_sums(job, address, block, split, hat, KIND: tl.constexpr, SUM: tl.constexpr):
     """sum over this split's tiles of abs(x[i, ...]) for a block of outputs, float32 or float64 [WIDE or NARROW].
 
     Reads each element once. Aligned: one matrix whose neighbours, base and other stride allow 16-byte loads.
@@ -165,7 +220,9 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
     ALONG: tl.constexpr = KIND // 2 % 2 == 1
     ALIGNED: tl.constexpr = KIND % 2 == 1
     OUTPUTS: tl.constexpr = NARROW if ALONG else WIDE
-    REDUCED: tl.constexpr = WIDE if ALONG else NARROW
+    REDUCED: tl.constexpr = (WIDE if ALONG else NARROW) // (2 if TYPE == FLOAT64 else 1)
+    # tiles on their way at a time, 16 KiB a program; more registers are not left
+    AHEAD: tl.constexpr = (2 if TYPE >= FLOAT32 else 4) if ALIGNED and SUM != DISTANCES else 1
     # cast here, since what is said of the result of another function is lost on triton 3.8
     if TYPE == FLOAT64:
         VECTOR: tl.constexpr = 2  # elements of 16 bytes
@@ -196,10 +253,12 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
         period = tl.load(job + J_PERIOD)
         above = (i + tl.load(job + J_FIRST)) // period
         at = above * tl.load(job + J_FAR) + (i + tl.load(job + J_FIRST) - above * period) * near
+    if SUM == DISTANCES:
+        origin = tl.load(hat + i, i < outputs, 0).to(total.dtype)
     blocks = tl.cdiv(inner, REDUCED)
     steps = tl.load(job + J_STEPS)
     last = tl.minimum((split + 1) * steps, tl.load(job + J_OUTER) * blocks)
-    for step in range(split * steps, last):
+    for step in tl.range(split * steps, last, loop_unroll_factor=AHEAD):
         if ALIGNED:
             r = step * REDUCED + tl.arange(0, REDUCED)
             along = r if ALONG else r * inner_stride
@@ -216,25 +275,29 @@ def _tile_sums(job, address, block, split, KIND: tl.constexpr):
             along = base + r * inner_stride
         if ALONG:
             mask = (i < outputs)[:, None] & (r < inner)[None, :]
-            total += _magnitude(tl.load(x + (at[:, None] + along[None, :]), mask, 0), TYPE)
+            value = _value(tl.load(x + (at[:, None] + along[None, :]), mask, 0), TYPE)
         else:
             mask = (r < inner)[:, None] & (i < outputs)[None, :]
-            total += _magnitude(tl.load(x + (along[:, None] + at[None, :]), mask, 0), TYPE)
+            value = _value(tl.load(x + (along[:, None] + at[None, :]), mask, 0), TYPE)
+        if SUM == DISTANCES:
+            value = tl.where(mask, value - (origin[:, None] if ALONG else origin[None, :]), 0)
+        total += value if SUM == VALUES else tl.abs(value)
     return tl.sum(total, 1 if ALONG else 0)
 
 
 @triton.jit
 def _store_sums(
-    job, address, block, split, kind, partial, total, KINDS: tl.constexpr, KIND: tl.constexpr, BIT: tl.constexpr
-):
+    job, address, block, split, hat, kind, partial, total,
+    TYPES: tl.constexpr, SUM: tl.constexpr, KIND: tl.constexpr, BIT: tl.constexpr,
+):  # fmt: skip
     """`_tile_sums` by the run-time kind, bit by bit; a chain of cases would become a table of jumps."""
     if BIT > 0:
         if kind & BIT != 0:
-            _store_sums(job, address, block, split, kind, partial, total, KINDS, KIND + BIT, BIT // 2)
+            _store_sums(job, address, block, split, hat, kind, partial, total, TYPES, SUM, KIND + BIT, BIT // 2)
         else:
-            _store_sums(job, address, block, split, kind, partial, total, KINDS, KIND, BIT // 2)
-    elif KINDS >> KIND & 1:
-        sums = _tile_sums(job, address, block, split, KIND)
+            _store_sums(job, address, block, split, hat, kind, partial, total, TYPES, SUM, KIND, BIT // 2)
+    elif TYPES >> KIND // 4 & 1:
+        sums = _tile_sums(job, address, block, split, hat, KIND, SUM)
         i = block * sums.shape[0] + tl.arange(0, sums.shape[0])
         outputs = tl.load(job + J_OUTPUTS)
         if tl.load(job + J_SPLITS) == 1:
@@ -244,12 +307,12 @@ def _store_sums(
 
 
 @triton.jit
-def _sum_block(job, address, block, split, workspace, counters, KINDS: tl.constexpr):
+def _sum_block(job, address, block, split, hat, workspace, counters, TYPES: tl.constexpr, SUM: tl.constexpr):
     """Sums of one block of outputs; True for the program that has them all in the workspace, as float64."""
     kind, outputs, splits = tl.load(job + J_KIND), tl.load(job + J_OUTPUTS), tl.load(job + J_SPLITS)
     partial, total = workspace + tl.load(job + J_PARTIAL), workspace + tl.load(job + J_TOTAL)
     width = tl.where(kind // 2 % 2 == 1, NARROW, WIDE)
-    _store_sums(job, address, block, split, kind, partial, total, KINDS, 0, 8)
+    _store_sums(job, address, block, split, hat, kind, partial, total, TYPES, SUM, 0, 8)
     complete = splits == 1
     if splits > 1:
         counter = counters + tl.load(job + J_COUNTER) + block
@@ -259,12 +322,13 @@ def _sum_block(job, address, block, split, workspace, counters, KINDS: tl.conste
             i = block * width + tl.arange(0, WIDE)
             mask = (i < outputs) & (tl.arange(0, WIDE) < width)
             sums = tl.zeros([WIDE], tl.float64)
-            for s in range(splits):
-                part = partial + (s * outputs + i) * tl.where(kind // 4 == FLOAT64, 8, 4)
-                if kind // 4 == FLOAT64:
-                    sums += tl.load(_pointer(part, tl.float64), mask, 0, cache_modifier=".cg")
-                else:
-                    sums += tl.load(_pointer(part, tl.float32), mask, 0, cache_modifier=".cg").to(tl.float64)
+            if kind // 4 == FLOAT64:
+                for s in tl.range(0, splits, loop_unroll_factor=4):
+                    sums += tl.load(_pointer(partial, tl.float64) + s * outputs + i, mask, 0, cache_modifier=".cg")
+            else:
+                for s in tl.range(0, splits, loop_unroll_factor=4):
+                    part = tl.load(_pointer(partial, tl.float32) + s * outputs + i, mask, 0, cache_modifier=".cg")
+                    sums += part.to(tl.float64)
             tl.store(_pointer(total, tl.float64) + i, sums, mask)
     return complete
 
@@ -329,227 +393,235 @@ def _ordered(score):
 
 
 @triton.jit
-def _choose_few(keys, units, k, chosen, is_chosen):
-    """chosen[0 ... k - 1] = the units of the k least keys, by k passes over them."""
-    previous = tl.full([], -0x8000000000000000, tl.int64)
-    for n in range(k):
-        least = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
-        for first in range(0, units, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            key = tl.load(keys + j, j < units, 0x7FFFFFFFFFFFFFFF)
-            least = tl.minimum(least, tl.where(key > previous, key, 0x7FFFFFFFFFFFFFFF))
-        previous = tl.min(least, 0)
-        tl.store(chosen + n, previous.to(tl.int32))
-        tl.store(is_chosen + (previous & 0x7FFFFFFF), 1)
-
-
-@triton.jit
-def _choose_many(keys, units, k, chosen, is_chosen):
-    """chosen[0 ... k - 1] = the units of the k least keys: a radix select, then a stable radix sort of those k."""
-    # the k-th least score, eight bits at a time, the highest first; `rest` of those equal to it are taken
-    prefix, rest = tl.full([], 0, tl.int64), k
-    for shift in tl.static_range(24, -1, -8):
-        count = tl.zeros([256], tl.int32)
-        for first in range(0, units, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            key = tl.load(keys + j, j < units, 0x7FFFFFFFFFFFFFFF)
-            score = (key >> 32) + 0x80000000
-            same = (j < units) & (score >> (shift + 8) == prefix)
-            count += tl.histogram((score >> shift & 255).to(tl.int32), 256, same)
-        # the bin in which the k-th one is comes after those that end before it
-        before = tl.cumsum(count, 0) < rest
-        rest -= tl.sum(tl.where(before, count, 0), 0)
-        prefix = prefix * 256 + tl.sum(before.to(tl.int32), 0)
-    # those k in the order of their units
-    source, target = keys + units, keys + 2 * units
-    taken, equal = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for first in range(0, units, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        key = tl.load(keys + j, j < units, 0x7FFFFFFFFFFFFFFF)
-        score = (key >> 32) + 0x80000000
-        ties = ((j < units) & (score == prefix)).to(tl.int32)
-        take = (j < units) & ((score < prefix) | ((ties > 0) & (equal + tl.cumsum(ties, 0) <= rest)))
-        tl.store(source + taken + tl.cumsum(take.to(tl.int32), 0) - 1, key, take)
-        tl.store(is_chosen + j, 1, take)
-        taken += tl.sum(take.to(tl.int32), 0)
-        equal += tl.sum(ties, 0)
-    # in the order of their scores, bit by bit; equal ones keep their order
-    for bit in range(32):
-        tl.debug_barrier()
-        zeros = tl.full([], 0, tl.int32)
-        for start in range(0, k, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            one = (tl.load(source + j, j < k, 0) >> 32) + 0x80000000 >> bit & 1
-            zeros += tl.sum(((j < k) & (one == 0)).to(tl.int32), 0)
-        if (zeros > 0) & (zeros < k):
-            low, high = tl.full([], 0, tl.int32), zeros
-            for start in range(0, k, BLOCK):
-                j = start + tl.arange(0, BLOCK)
-                key = tl.load(source + j, j < k, 0)
-                one = ((key >> 32) + 0x80000000 >> bit & 1) == 1
-                is_low, is_high = ((j < k) & ~one).to(tl.int32), ((j < k) & one).to(tl.int32)
-                place = tl.where(one, high + tl.cumsum(is_high, 0), low + tl.cumsum(is_low, 0)) - 1
-                tl.store(target + place, key, j < k)
-                low += tl.sum(is_low, 0)
-                high += tl.sum(is_high, 0)
-            source, target = target, source
-    tl.debug_barrier()
-    for start in range(0, k, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        tl.store(chosen + j, tl.load(source + j, j < k, 0).to(tl.int32), j < k)
-
-
-@triton.jit
-def _utility_now(
-    j, group, readers, incoming, jobs, addresses, workspace, samples, elements,
-    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, POSITIONS: tl.constexpr,
+def _reader_terms(
+    j, inside, reader, count, jobs, addresses, workspace,
+    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y[j] in float64: activation statistic x weight statistic of a block of units."""
-    mask = j < tl.load(group + G_UNITS)
+    """Sum over the columns of units j of activation statistic x weight statistic, float64; the sums are zeroed.
+
+    MEAN: each column's running mean m becomes decay * m + (1 - decay) * feature / count, where that is finite.
+    """
+    # loads on their way at a time
+    AHEAD: tl.constexpr = 4 if COLUMNS == 1 else 1
+    terms = tl.zeros([j.shape[0], COLUMNS], tl.float64)
+    per_unit, unit_stride = tl.load(reader + R_PER_UNIT), tl.load(reader + R_UNIT_STRIDE)
+    position_stride, first_column = tl.load(reader + R_POSITION_STRIDE), tl.load(reader + R_COLUMN)
+    first_job = tl.load(reader + R_FIRST_JOB)
+    last_job = first_job + tl.load(reader + R_JOBS)
+    fold, totals = tl.load(reader + R_FOLD), _pointer(workspace + tl.load(reader + R_WEIGHT_TOTAL), tl.float64)
+    for first in range(0, per_unit, COLUMNS):
+        p = first + tl.arange(0, COLUMNS)
+        column = (j * unit_stride)[:, None] + (p * position_stride)[None, :]
+        mask = inside[:, None] & (p < per_unit)[None, :]
+        term = tl.full(column.shape, 1.0, tl.float64)
+        if ACTIVATION:
+            at = _field(addresses, A_ACTIVATION, tl.float64) + first_column + column
+            term = tl.load(at, mask, 0)
+            for job in range(first_job, last_job):
+                sums = _pointer(workspace + tl.load(jobs + job * JOB + J_TOTAL), tl.float64)
+                term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
+            if DIVIDE:
+                term /= count.to(tl.float64)
+        if OUTGOING:
+            weight = tl.zeros(column.shape, tl.float64)
+            for f in tl.range(0, fold, loop_unroll_factor=AHEAD):
+                weight += tl.load(totals + column * fold + f, mask, 0, cache_modifier=".cg")
+            term *= weight
+        terms += tl.where(mask, term, 0.0)
+        if MEAN:
+            from_here = first_column + column
+            feature = _field(addresses, A_FEATURE, tl.float64) + from_here
+            running = _field(addresses, A_RUNNING_MEAN, tl.float64) + from_here
+            decay = tl.load(_field(addresses, A_HYPER, tl.float64) + 2)
+            mean, before = tl.load(feature, mask, 0) / count.to(tl.float64), tl.load(running, mask, 0)
+            # no warp may write what another has still to read
+            tl.debug_barrier()
+            now = tl.where(tl.abs(mean) < float("inf"), decay * before + (1.0 - decay) * mean, before)
+            tl.store(running, now, mask)
+            tl.store(feature, 0.0, mask)
+        if ACTIVATION:
+            tl.debug_barrier()
+            tl.store(_field(addresses, A_ACTIVATION, tl.float64) + first_column + column, 0.0, mask)
+    return tl.sum(terms, 1)
+
+
+@triton.jit
+def _reader_sums(
+    j, inside, group, readers, jobs, addresses, workspace,
+    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_reader_terms` over all readers that were reached."""
     y = tl.zeros(j.shape, tl.float64)
+    counts = _field(addresses, A_COUNT, tl.int64)
     first_reader = tl.load(group + G_FIRST_READER)
     for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
         reader = readers + r * READER
-        count = tl.load(_pointer(tl.load(addresses + A_COUNT), tl.int64) + r) + tl.load(reader + R_SAMPLES)
+        count = tl.load(counts + r) + tl.load(reader + R_SAMPLES)
         if count > 0:
-            first_job, last_job = (
-                tl.load(reader + R_FIRST_JOB),
-                tl.load(reader + R_FIRST_JOB) + tl.load(reader + R_JOBS),
+            y += _reader_terms(
+                j, inside, reader, count, jobs, addresses, workspace, ACTIVATION, OUTGOING, DIVIDE, MEAN, COLUMNS
             )
-            terms = tl.zeros([j.shape[0], POSITIONS], tl.float64)
-            per_unit = tl.load(reader + R_PER_UNIT)
-            for first in range(0, per_unit, POSITIONS):
-                p = first + tl.arange(0, POSITIONS)
-                column = (j * tl.load(reader + R_UNIT_STRIDE))[:, None]
-                column += (p * tl.load(reader + R_POSITION_STRIDE))[None, :]
-                inside = mask[:, None] & (p < per_unit)[None, :]
-                term = tl.full(column.shape, 1.0, tl.float64)
-                if ACTIVATION:
-                    sums = _pointer(tl.load(addresses + A_ACTIVATION), tl.float64) + tl.load(reader + R_COLUMN)
-                    term = tl.load(sums + column, inside, 0)
-                    for job in range(first_job, last_job):
-                        sums = _pointer(workspace + tl.load(jobs + job * JOB + J_TOTAL), tl.float64)
-                        term += tl.load(sums + column, inside, 0, cache_modifier=".cg")
-                    # clarena has one mean over all readers: sums first, one division at the end
-                    if INCOMING != 1:
-                        term /= count.to(tl.float64)
-                if OUTGOING != 0:
-                    sums = _pointer(workspace + tl.load(reader + R_WEIGHT_TOTAL), tl.float64)
-                    fold = tl.load(reader + R_FOLD)
-                    weight = tl.zeros(column.shape, tl.float64)
-                    for f in range(fold):
-                        weight += tl.load(sums + column * fold + f, inside, 0, cache_modifier=".cg")
-                    term *= weight
-                terms += tl.where(inside, term, 0.0)
-            y += tl.sum(terms, 1)
-    if INCOMING != 0:
-        rows = tl.zeros(j.shape, tl.float64)
-        first_incoming = tl.load(group + G_FIRST_INCOMING)
-        for n in range(first_incoming, first_incoming + tl.load(group + G_INCOMING)):
-            job = jobs + tl.load(incoming + 2 * n) * JOB
-            per_unit = tl.load(incoming + 2 * n + 1)
-            for p in range(per_unit):
-                sums = _pointer(workspace + tl.load(job + J_TOTAL), tl.float64)
-                rows += tl.load(sums + j * per_unit + p, mask, 0, cache_modifier=".cg")
-    if INCOMING == 1:
-        return y / samples * tl.where(mask, rows, 1.0)
-    if OUTGOING != 1:
-        y = y / elements
-    if INCOMING == 2:
-        y = y / (tl.where(mask, rows, 1.0) / tl.load(group + G_FAN_IN).to(tl.float64))
     return y
 
 
 @triton.jit
-def _choose(
-    g, group, readers, incoming, jobs, addresses, workspace,
-    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MIN_MAX: tl.constexpr,
-    SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr, WIDE_UTILITY: tl.constexpr,
-    POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """One group from its sums to its choice, by one program.
+def _reached(group, readers, addresses):
+    """Samples that the group's readers saw, and elements a unit of the weights of those that saw some; float64."""
+    samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    counts = _field(addresses, A_COUNT, tl.int64)
+    first_reader = tl.load(group + G_FIRST_READER)
+    for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
+        reader = readers + r * READER
+        count = tl.load(counts + r) + tl.load(reader + R_SAMPLES)
+        samples += count.to(tl.float64)
+        elements += tl.where(count > 0, tl.load(reader + R_ELEMENTS).to(tl.float64), 0.0)
+    return samples, elements
 
-    u = decay * u + (1 - decay) * y and age + 1 where y is finite; score = u / (1 - decay^age), or u / age; the least k
-    of the finite scores of mature units are chosen, the lower unit first.
+
+@triton.jit
+def _utility_now(
+    b, group, readers, incoming, jobs, addresses, workspace,
+    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """y of a block of units, float64 [UNITS]: activation statistic x weight statistic; inf where nothing was seen."""
+    units, width = tl.load(group + G_UNITS), tl.load(group + G_WIDTH)
+    j = b * width + tl.arange(0, UNITS)
+    inside = (tl.arange(0, UNITS) < width) & (j < units)
+    samples, elements = _reached(group, readers, addresses)
+    y = tl.full([UNITS], float("inf"), tl.float64)
+    if samples > 0:
+        # clarena has one mean over all readers: sums first, one division at the end
+        if tl.load(group + G_PER_UNIT) == 1:
+            y = _reader_sums(
+                j, inside, group, readers, jobs, addresses, workspace, ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1
+            )
+        else:
+            few = b * width + tl.arange(0, FEWER_UNITS)
+            sums = _reader_sums(
+                few, few < units, group, readers, jobs, addresses, workspace,
+                ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, POSITIONS,
+            )  # fmt: skip
+            # from one layout in registers to the other by way of memory
+            place = _pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units
+            tl.store(place + few, sums, few < units)
+            tl.debug_barrier()
+            y = tl.load(place + j, inside, 0)
+        if INCOMING != 0:
+            rows = tl.zeros(j.shape, tl.float64)
+            first_incoming = tl.load(group + G_FIRST_INCOMING)
+            for n in range(first_incoming, first_incoming + tl.load(group + G_INCOMING)):
+                total = tl.load(jobs + tl.load(incoming + 2 * n) * JOB + J_TOTAL)
+                per_unit = tl.load(incoming + 2 * n + 1)
+                for p in range(per_unit):
+                    sums = _pointer(workspace + total, tl.float64) + j * per_unit + p
+                    rows += tl.load(sums, inside, 0, cache_modifier=".cg")
+        if INCOMING == 1:
+            y = y / samples * tl.where(inside, rows, 1.0)
+        else:
+            if OUTGOING != 1:
+                y = y / elements
+            if INCOMING == 2:
+                y = y / (tl.where(inside, rows, 1.0) / tl.load(group + G_FAN_IN).to(tl.float64))
+    return y
+
+
+@triton.jit
+def _block_place(group, workspace, number: tl.constexpr):
+    """One of the four numbers of each block of units."""
+    place = _pointer(workspace + tl.load(group + G_KEYS), tl.int64) + 2 * tl.load(group + G_UNITS)
+    return place + number * tl.load(group + G_BLOCKS)
+
+
+@triton.jit
+def _score(
+    y, b, g, group, addresses, workspace, least, span,
+    MIN_MAX: tl.constexpr, SCORE: tl.constexpr, WIDE_UTILITY: tl.constexpr,
+):  # fmt: skip
+    """A block of units from y to keys: what is less is chosen first, the lower unit of equals.
+
+    u = decay * u + (1 - decay) * y and age + 1 where y is finite; score = u / (1 - decay^age), or u / age, or random.
+    Only the finite scores of mature units are candidates.
     """
     U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-    units, first_unit = tl.load(group + G_UNITS), tl.load(group + G_FIRST_UNIT)
-    now = _pointer(workspace + tl.load(group + G_SCRATCH), tl.float64)
-    keys = _pointer(workspace + tl.load(group + G_SCRATCH), tl.int64) + units
-    utility = _pointer(tl.load(addresses + A_UTILITY), U) + first_unit
-    age = _pointer(tl.load(addresses + A_AGE), tl.int32) + first_unit
-    chosen = _pointer(tl.load(addresses + A_CHOSEN), tl.int32) + first_unit
-    is_chosen = _pointer(tl.load(addresses + A_IS_CHOSEN), tl.int32) + first_unit
-    counts = _pointer(tl.load(addresses + A_COUNT), tl.int64)
-    hyper = _pointer(tl.load(addresses + A_HYPER), tl.float64)
-    rate, maturity, decay = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
-    pending = tl.load(_pointer(tl.load(addresses + A_PENDING), tl.float64) + g)
-    num_replaced = tl.load(_pointer(tl.load(addresses + A_NUM_REPLACED), tl.int64) + g)
-
-    first_reader = tl.load(group + G_FIRST_READER)
-    last_reader = first_reader + tl.load(group + G_READERS)
-    samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    for r in range(first_reader, last_reader):
-        count = tl.load(counts + r) + tl.load(readers + r * READER + R_SAMPLES)
-        if count > 0:
-            samples += count.to(tl.float64)
-            elements += tl.load(readers + r * READER + R_ELEMENTS).to(tl.float64)
-    reached = samples > 0
-
-    low, high = tl.full([BLOCK], float("inf"), U), tl.full([BLOCK], float("-inf"), U)
-    if reached:
-        for first in range(0, units, BLOCK // POSITIONS):
-            j = first + tl.arange(0, BLOCK // POSITIONS)
-            y = _utility_now(
-                j, group, readers, incoming, jobs, addresses, workspace, samples, elements,
-                ACTIVATION, OUTGOING, INCOMING, POSITIONS,
-            )  # fmt: skip
-            tl.store(now + j, y, j < units)
-    else:
-        # what is not finite holds its unit
-        for first in range(0, units, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            tl.store(now + j, float("inf"), j < units)
+    units, width, first_unit = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_FIRST_UNIT)
+    hyper = _field(addresses, A_HYPER, tl.float64)
+    maturity, decay, log_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
+    utility = _field(addresses, A_UTILITY, U) + first_unit
+    ages = _field(addresses, A_AGE, tl.int32) + first_unit
+    is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32) + first_unit
+    keys = _pointer(workspace + tl.load(group + G_KEYS), tl.int64)
+    j = b * width + tl.arange(0, UNITS)
+    inside = (tl.arange(0, UNITS) < width) & (j < units)
+    u, a = tl.load(utility + j, inside, 0), tl.load(ages + j, inside, 0)
+    # no warp may write what another has still to read
     tl.debug_barrier()
+    y = y.to(U)
+    finite = tl.abs(y) < float("inf")
     if MIN_MAX:
-        for first in range(0, units, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            y = tl.load(now + j, j < units, float("inf")).to(U)
-            finite = tl.abs(y) < float("inf")
-            low = tl.minimum(low, tl.where(finite, y, float("inf")))
-            high = tl.maximum(high, tl.where(finite, y, float("-inf")))
-    least, span = tl.min(low, 0), tl.max(high, 0) - tl.min(low, 0) + tl.full([], 1e-8, U)
-
-    log_decay = _log(tl.where(decay > 0, decay, 1.0))
-    eligible, candidates = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for first in range(0, units, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        y = tl.load(now + j, j < units, float("inf")).to(U)
-        finite = tl.abs(y) < float("inf")
-        if MIN_MAX:
-            y = tl.where(finite, y - least, 0.0)
-            y = y / span if WIDE_UTILITY else tl.div_rn(y, tl.zeros_like(y) + span)
-        u = tl.load(utility + j, j < units, 0)
-        u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
-        a = tl.load(age + j, j < units, 0) + finite.to(tl.int32)
-        tl.store(utility + j, u, j < units)
-        tl.store(age + j, a, j < units)
-        tl.store(is_chosen + j, 0, j < units)
-        mature = (j < units) & (a.to(tl.float64) > maturity)
+        y = tl.where(finite, y - least, 0.0)
+        y = y / span if WIDE_UTILITY else tl.div_rn(y, tl.zeros_like(y) + span)
+    if SCORE == 2:
+        y = tl.zeros_like(y)
+    u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
+    a += finite.to(tl.int32)
+    tl.store(utility + j, u, inside)
+    tl.store(ages + j, a, inside)
+    tl.store(is_chosen + j, 0, inside)
+    mature = inside & (a.to(tl.float64) > maturity)
+    if SCORE == 2:
+        step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
+        seed = tl.load(_field(addresses, A_SEED, tl.int64))
+        score = _unit_uniform(j, seed, step, tl.load(group + G_STREAM)).to(U)
+    else:
         divisor = a.to(tl.float64) if SCORE == 1 else tl.where(decay > 0, _bias_correction(a, log_decay), 1.0)
         score = (u.to(tl.float64) / tl.where(a > 0, divisor, 1.0)).to(U)
-        candidate = mature & (tl.abs(score) < float("inf"))
-        # a float64 score beyond float32 stays a candidate, after all others
-        score = tl.minimum(tl.where(candidate, score, 0.0).to(tl.float32), 3.4028234663852886e38)
-        key = (_ordered(score).to(tl.int64) << 32) | j
-        tl.store(keys + j, tl.where(candidate, key, 0x7FFFFFFFFFFFFFFF), j < units)
-        eligible += mature.to(tl.int32)
-        candidates += candidate.to(tl.int32)
+    candidate = mature & (tl.abs(score) < float("inf"))
+    # a float64 score beyond float32 stays a candidate, after all others
+    score = tl.minimum(tl.where(candidate, score, 0.0).to(tl.float32), 3.4028234663852886e38)
+    key = tl.where(candidate, (_ordered(score).to(tl.int64) << 32) | j, NEVER)
+    tl.store(keys + j, key, inside)
+    tl.store(_block_place(group, workspace, 0) + b, tl.min(key, 0))
+    # both counts in one
+    stats = tl.sum(mature.to(tl.int32), 0).to(tl.int64) << 32 | tl.sum(candidate.to(tl.int32), 0).to(tl.int64)
+    tl.store(_block_place(group, workspace, 1) + b, stats)
 
-    mature_units = tl.sum(eligible, 0).to(tl.float64)
+
+@triton.jit
+def _least(minima, blocks):
+    """The least key of all blocks."""
+    least = tl.full([BLOCK], NEVER, tl.int64)
+    for first in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
+        b = first + tl.arange(0, BLOCK)
+        least = tl.minimum(least, tl.load(minima + b, b < blocks, NEVER, cache_modifier=".cg"))
+    return tl.min(least, 0)
+
+
+@triton.jit
+def _choose(
+    g, group, readers, addresses, workspace, counters, ACCRUAL: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """A group's choice from the keys of its blocks, by the program that came last; the last group counts the step."""
+    units, width, blocks = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_BLOCKS)
+    first_unit, ranked = tl.load(group + G_FIRST_UNIT), tl.load(group + G_RANKED)
+    minima, stats = _block_place(group, workspace, 0), _block_place(group, workspace, 1)
+    chosen = _field(addresses, A_CHOSEN, tl.int32) + first_unit
+    is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32) + first_unit
+    rate = tl.load(_field(addresses, A_HYPER, tl.float64))
+    pending = tl.load(_field(addresses, A_PENDING, tl.float64) + g)
+    num_replaced = tl.load(_field(addresses, A_NUM_REPLACED, tl.int64) + g)
+    samples, _ = _reached(group, readers, addresses)
+    reached = samples > 0
+    key = _least(minima, blocks)
+    total = tl.zeros([BLOCK], tl.int64)
+    for first in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
+        b = first + tl.arange(0, BLOCK)
+        total += tl.load(stats + b, b < blocks, 0, cache_modifier=".cg")
+    counted = tl.sum(total, 0)
+
+    mature = (counted >> 32).to(tl.float64)
     if ACCRUAL == 1:
-        mature_units = tl.where(mature_units > 0, units.to(tl.float64), 0.0)
-    due = rate * mature_units
+        mature = tl.where(mature > 0, units.to(tl.float64), 0.0)
+    due = rate * mature
     if ACCRUAL == 2:
         due = tl.floor(due)
     pending += due
@@ -559,104 +631,280 @@ def _choose(
         wanted = tl.floor(pending)
     else:
         # the coin's element follows those of the random scores; a step in which the group was reached counts
-        step = tl.load(_pointer(tl.load(addresses + A_STEP), tl.int64)) + 1
-        seed = tl.load(_pointer(tl.load(addresses + A_SEED), tl.int64))
+        step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
+        seed = tl.load(_field(addresses, A_SEED, tl.int64))
         coin = _unit_uniform(units, seed, step, tl.load(group + G_STREAM)).to(tl.float64)
         wanted = tl.floor(due) + tl.where(coin < due - tl.floor(due), 1.0, 0.0)
-    k = tl.minimum(wanted, tl.sum(candidates, 0).to(tl.float64)).to(tl.int32)
+    k = tl.minimum(wanted, (counted & 0xFFFFFFFF).to(tl.float64)).to(tl.int32)
+    k = tl.where(reached, k, 0)
     # what was loaded above must be there for all warps before it changes
     tl.debug_barrier()
     if reached:
-        if k > FEW:
-            _choose_many(keys, units, k, chosen, is_chosen)
-        else:
-            _choose_few(keys, units, k, chosen, is_chosen)
         if COUNT != 1:
-            tl.store(_pointer(tl.load(addresses + A_PENDING), tl.float64) + g, pending - k.to(tl.float64))
-        tl.store(_pointer(tl.load(addresses + A_NUM_REPLACED), tl.int64) + g, num_replaced + k)
-    tl.store(_pointer(tl.load(addresses + A_NUM_CHOSEN), tl.int32) + g, tl.where(reached, k, 0))
-    for r in range(first_reader, last_reader):
-        reader = readers + r * READER
+            tl.store(_field(addresses, A_PENDING, tl.float64) + g, pending - k.to(tl.float64))
+        tl.store(_field(addresses, A_NUM_REPLACED, tl.int64) + g, num_replaced + k)
+    tl.store(_field(addresses, A_NUM_CHOSEN, tl.int32) + g, k)
+    counts = _field(addresses, A_COUNT, tl.int64)
+    first_reader = tl.load(group + G_FIRST_READER)
+    for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
         tl.store(counts + r, 0)
-        sums = _pointer(tl.load(addresses + A_ACTIVATION), tl.float64) + tl.load(reader + R_COLUMN)
-        columns = units * tl.load(reader + R_PER_UNIT)
-        for start in range(0, columns, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            tl.store(sums + c, 0.0, c < columns)
-    return reached
+    one_by_one = tl.where((ranked != 0) & (k > MANY), 0, k)
+    keys = _pointer(workspace + tl.load(group + G_KEYS), tl.int64)
+    for n in range(one_by_one):
+        unit = key & 0x7FFFFFFF
+        tl.store(chosen + n, unit.to(tl.int32))
+        tl.store(is_chosen + unit, 1)
+        if n + 1 < one_by_one:
+            # the block that it was of is left with its next one
+            b = unit // width
+            j = b * width + tl.arange(0, UNITS)
+            inside = (tl.arange(0, UNITS) < width) & (j < units)
+            of_block = tl.load(keys + j, inside, NEVER, cache_modifier=".cg")
+            left = tl.min(tl.where(of_block > key, of_block, NEVER), 0)
+            tl.debug_barrier()
+            tl.store(minima + b, left)
+            tl.debug_barrier()
+            key = _least(minima, blocks)
+
+    num_groups = tl.load(addresses + A_NUM_GROUPS).to(tl.int32)
+    # groups in the lower half, those that were reached in the upper one
+    arrived = _arrive(counters + num_groups, 1 + (reached.to(tl.int32) << 16))
+    if (arrived & 0xFFFF) == num_groups - 1:
+        steps = _field(addresses, A_STEP, tl.int64)
+        before = tl.load(steps)
+        # every warp has read before one writes
+        tl.debug_barrier()
+        tl.store(steps, before + (((arrived >> 16) > 0) | reached).to(tl.int64))
+        tl.store(counters + num_groups, 0)
 
 
 @triton.jit
 def select(
-    tiles, jobs, tensors, groups, readers, incoming, addresses, workspace_tensor, counters,
-    KINDS: tl.constexpr, ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr,
+    tiles, jobs, tensors, groups, readers, incoming, expected, addresses, workspace_tensor, counters,
+    TYPES: tl.constexpr, ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr,
-    WIDE_UTILITY: tl.constexpr, POSITIONS: tl.constexpr,
+    WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
     """A whole step up to the choice, for all groups.
 
     y = activation statistic x weight statistic; u = decay * u + (1 - decay) * y; the k least u / (1 - decay^age).
     Each program sums magnitudes of one tile of a weight or an activation. The last one of a block of outputs puts its
-    parts together, the last block of a group chooses, the last group counts the step. Reads each of those tensors
-    once; the parts and totals are about one in a hundred of that.
+    parts together, the last one that a block of units waits for scores them, the last block of a group chooses, the
+    last group counts the step. Reads each of those tensors once; the parts and totals are about one in a hundred of
+    that. With MIN_MAX it ends with y, and the least and greatest of each block: `score` does the rest.
 
     Args:
-        tiles: int32 [programs, 3], job, block of outputs, split.
+        tiles: int32 [programs, 5], job, block of outputs, split, and the first and number of the blocks of units, of
+            its group, whose sums these are; after the last block comes the first.
         jobs, groups, readers, addresses: int64 tables of `Job`, `Group`, `Reader`, `Addresses`.
         tensors: int64 [jobs], the address of each job's first element.
         incoming: int64 [-, 2], job and outputs a unit of each producer's sums.
+        expected: int32, how many blocks of outputs each block of units waits for.
         workspace_tensor: the jobs' and groups' places, in bytes.
-        counters: int32, 0 between launches: one a group, one for the groups, one a block of outputs.
+        counters: int32, 0 between launches: one a group, one for the groups, one a block of units, one a block of
+            outputs.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    tile = tiles + tl.program_id(0).to(tl.int64) * 5
     number, block, split = tl.load(tile), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    first, touched = tl.load(tile + 3), tl.load(tile + 4)
     job, address = jobs + number * JOB, tl.load(tensors + number)
     workspace = workspace_tensor.to(tl.int64)
-    if _sum_block(job, address, block, split, workspace, counters, KINDS):
+    if _sum_block(job, address, block, split, workspace_tensor, workspace, counters, TYPES, MAGNITUDES):
         g = tl.load(job + J_GROUP)
         group = groups + g * GROUP
-        if _arrive(counters + g, 1) == tl.load(group + G_BLOCKS) - 1:
-            tl.store(counters + g, 0)
-            reached = _choose(
-                g, group, readers, incoming, jobs, addresses, workspace,
-                ACTIVATION, OUTGOING, INCOMING, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY, POSITIONS,
-            )  # fmt: skip
-            num_groups = tl.load(addresses + A_NUM_GROUPS).to(tl.int32)
-            # groups in the lower half, those that were reached in the upper one
-            arrived = _arrive(counters + num_groups, 1 + (reached.to(tl.int32) << 16))
-            if (arrived & 0xFFFF) == num_groups - 1:
-                step = _pointer(tl.load(addresses + A_STEP), tl.int64)
-                before = tl.load(step)
-                # every warp has read before one writes
-                tl.debug_barrier()
-                tl.store(step, before + (((arrived >> 16) > 0) | reached).to(tl.int64))
-                tl.store(counters + num_groups, 0)
+        first_block, blocks = tl.load(group + G_FIRST_BLOCK), tl.load(group + G_BLOCKS)
+        waits = counters + tl.load(addresses + A_NUM_GROUPS) + 1 + first_block
+        for n in range(first, first + touched):
+            b = tl.where(n < blocks, n, n - blocks)
+            needed = tl.load(expected + first_block + b)
+            if _arrive(waits + b, 1) == needed - 1:
+                tl.store(waits + b, 0)
+                y = _utility_now(
+                    b, group, readers, incoming, jobs, addresses, workspace, ACTIVATION, OUTGOING, INCOMING, MEAN
+                )
+                if MIN_MAX:
+                    _spread(y, b, group, workspace, WIDE_UTILITY)
+                else:
+                    _score(y, b, g, group, addresses, workspace, 0.0, 1.0, MIN_MAX, SCORE, WIDE_UTILITY)
+                    if _arrive(counters + g, 1) == blocks - 1:
+                        tl.store(counters + g, 0)
+                        _choose(g, group, readers, addresses, workspace, counters, ACCRUAL, COUNT)
 
 
 @triton.jit
-def capture(tiles, jobs, tensors, addresses, workspace_tensor, counters, KINDS: tl.constexpr):
-    """activation[c] += sum over samples of abs(h[s, c]); count += samples. Reads h once; arguments as of `select`."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+def _spread(y, b, group, workspace, WIDE_UTILITY: tl.constexpr):
+    """Leave y of a block of units for `score`, and its least and greatest finite values."""
+    U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
+    units, width = tl.load(group + G_UNITS), tl.load(group + G_WIDTH)
+    j = b * width + tl.arange(0, UNITS)
+    inside = (tl.arange(0, UNITS) < width) & (j < units)
+    tl.store(_pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units + j, y, inside)
+    finite = inside & (tl.abs(y.to(U)) < float("inf"))
+    low, high = _block_place(group, workspace, 2), _block_place(group, workspace, 3)
+    tl.store(low.to(tl.pointer_type(tl.float64)) + b, tl.min(tl.where(finite, y, float("inf")), 0))
+    tl.store(high.to(tl.pointer_type(tl.float64)) + b, tl.max(tl.where(finite, y, float("-inf")), 0))
+
+
+@triton.jit
+def score(
+    blocks_of, jobs, groups, readers, incoming, addresses, workspace_tensor, counters,
+    MIN_MAX: tl.constexpr, MEAN: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr,
+    WIDE_UTILITY: tl.constexpr,
+):  # fmt: skip
+    """A step's choice where y is not final before all of a group's are there, or needs no sums: one block of units.
+
+    MIN_MAX: y = (y - min y) / (max y - min y + 1e-8) over the group. Reads 8 bytes a unit and 16 a block of the group.
+
+    Args:
+        blocks_of: int32 [programs, 2], the group and which of its blocks.
+        jobs, groups, readers, incoming, addresses, workspace_tensor, counters: as of `select`.
+    """
+    U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
+    row = blocks_of + tl.program_id(0).to(tl.int64) * 2
+    g, b = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
+    group = groups + g * GROUP
+    workspace = workspace_tensor.to(tl.int64)
+    units, width, blocks = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_BLOCKS)
+    if MIN_MAX:
+        j = b * width + tl.arange(0, UNITS)
+        inside = (tl.arange(0, UNITS) < width) & (j < units)
+        places = _pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units
+        y = tl.load(places + j, inside, float("inf"))
+        lows = _block_place(group, workspace, 2).to(tl.pointer_type(tl.float64))
+        highs = _block_place(group, workspace, 3).to(tl.pointer_type(tl.float64))
+        low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+        for first in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
+            i = first + tl.arange(0, BLOCK)
+            low = tl.minimum(low, tl.load(lows + i, i < blocks, float("inf")))
+            high = tl.maximum(high, tl.load(highs + i, i < blocks, float("-inf")))
+        least = tl.min(low, 0).to(U)
+        span = tl.max(high, 0).to(U) - least + tl.full([], 1e-8, U)
+    else:
+        least, span = tl.full([], 0.0, U), tl.full([], 1.0, U)
+        y = _utility_now(b, group, readers, incoming, jobs, addresses, workspace, False, 0, 0, MEAN)
+    _score(y, b, g, group, addresses, workspace, least, span, MIN_MAX, SCORE, WIDE_UTILITY)
+    if _arrive(counters + g, 1) == blocks - 1:
+        tl.store(counters + g, 0)
+        _choose(g, group, readers, addresses, workspace, counters, ACCRUAL, COUNT)
+
+
+@triton.jit
+def rank(blocks_of, groups, addresses, workspace_tensor):
+    """chosen[number of lesser keys] = unit, for a block of units of a group that chooses more than MANY.
+
+    Compares each of a block's keys with all of the group's: 8 bytes a unit for each program.
+
+    Args:
+        blocks_of, groups, addresses, workspace_tensor: as of `score`.
+    """
+    row = blocks_of + tl.program_id(0).to(tl.int64) * 2
+    g, b = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
+    group = groups + g * GROUP
+    k = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + g)
+    if k > MANY:
+        units, width, first_unit = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_FIRST_UNIT)
+        keys = _pointer(workspace_tensor.to(tl.int64) + tl.load(group + G_KEYS), tl.int64)
+        j = b * width + tl.arange(0, UNITS)
+        inside = (tl.arange(0, UNITS) < width) & (j < units)
+        key = tl.load(keys + j, inside, NEVER)
+        lesser = tl.zeros([UNITS, 16], tl.int32)
+        for first in tl.range(0, units, 16, loop_unroll_factor=4):
+            i = first + tl.arange(0, 16)
+            other = tl.load(keys + i, i < units, NEVER)
+            lesser += (other[None, :] < key[:, None]).to(tl.int32)
+        place = tl.sum(lesser, 1)
+        take = (key != NEVER) & (place < k)
+        tl.store(_field(addresses, A_CHOSEN, tl.int32) + first_unit + place, j.to(tl.int32), take)
+        tl.store(_field(addresses, A_IS_CHOSEN, tl.int32) + first_unit + j, 1, take)
+
+
+@triton.jit
+def capture(tiles, jobs, tensors, addresses, workspace_tensor, counters, TYPES: tl.constexpr, SUM: tl.constexpr,
+            COUNTS: tl.constexpr):  # fmt: skip
+    """activation[c] += sum over samples of abs(h[s, c]); count += samples. Reads h once; arguments as of `select`.
+
+    SUM: VALUES adds up h itself, in `feature`; DISTANCES is of abs(h - hat).
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 5
     number, block, split = tl.load(tile), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
     job, address = jobs + number * JOB, tl.load(tensors + number)
     workspace = workspace_tensor.to(tl.int64)
-    if _sum_block(job, address, block, split, workspace, counters, KINDS):
+    column = tl.load(job + J_COLUMN)
+    hat_of = _field(addresses, A_HAT, tl.float64) + column
+    if _sum_block(job, address, block, split, hat_of, workspace, counters, TYPES, SUM):
         # the sums were written by this program, perhaps by other warps
         tl.debug_barrier()
         width = tl.where(tl.load(job + J_KIND) // 2 % 2 == 1, NARROW, WIDE)
         i = block * width + tl.arange(0, WIDE)
         mask = (i < tl.load(job + J_OUTPUTS)) & (tl.arange(0, WIDE) < width)
         sums = tl.load(_pointer(workspace + tl.load(job + J_TOTAL), tl.float64) + i, mask, 0)
-        at = _pointer(tl.load(addresses + A_ACTIVATION), tl.float64) + tl.load(job + J_COLUMN) + i
-        tl.store(at, tl.load(at, mask, 0) + sums, mask)
-        if block == 0:
-            count = _pointer(tl.load(addresses + A_COUNT), tl.int64) + tl.load(job + J_SLOT)
-            before = tl.load(count)
+        at = _field(addresses, A_FEATURE if SUM == VALUES else A_ACTIVATION, tl.float64) + column + i
+        before = tl.load(at, mask, 0)
+        tl.debug_barrier()
+        tl.store(at, before + sums, mask)
+        if COUNTS and block == 0:
+            count = _field(addresses, A_COUNT, tl.int64) + tl.load(job + J_SLOT)
+            before_it = tl.load(count)
             tl.debug_barrier()
-            tl.store(count, before + tl.load(job + J_SAMPLES))
+            tl.store(count, before_it + tl.load(job + J_SAMPLES))
 
 
-UNIFORM, NORMAL, UNIT, FILL, FORGET = map(tl.constexpr, range(5))
+class Columns(NamedTuple):
+    """The columns of one slot, as `hat` and `transfer` walk them."""
+
+    slot: int
+    column: int
+    first_unit: int
+    units: int
+    per_unit: int
+    unit_stride: int
+    position_stride: int
+
+
+(C_SLOT, C_COLUMN, C_FIRST_UNIT, C_UNITS, C_PER_UNIT, C_UNIT_STRIDE, C_POSITION_STRIDE,
+ COLUMNS) = map(tl.constexpr, range(len(Columns._fields) + 1))  # fmt: skip
+
+
+@triton.jit
+def hat(tiles, columns, addresses, PREVIOUS: tl.constexpr):
+    """hat[c] = mean over a unit's columns of m / (1 - decay^age), of 128 units of a slot.
+
+    m is the running mean as it will be after the step, by what was seen so far; PREVIOUS: as the last step left it.
+
+    Args:
+        tiles: int32 [programs, 2], the slot and which 128 of its units.
+        columns, addresses: int64 tables of `Columns`, `Addresses`.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    row = columns + tl.load(tile) * COLUMNS
+    per_unit, first_column = tl.load(row + C_PER_UNIT), tl.load(row + C_COLUMN)
+    unit_stride, position_stride = tl.load(row + C_UNIT_STRIDE), tl.load(row + C_POSITION_STRIDE)
+    j = tl.load(tile + 1).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    inside = j < tl.load(row + C_UNITS)
+    hyper = _field(addresses, A_HYPER, tl.float64)
+    decay, log_decay = tl.load(hyper + 2), tl.load(hyper + 3)
+    running = _field(addresses, A_RUNNING_MEAN, tl.float64) + first_column
+    feature = _field(addresses, A_FEATURE, tl.float64) + first_column
+    count = tl.load(_field(addresses, A_COUNT, tl.int64) + tl.load(row + C_SLOT)).to(tl.float64)
+    age = tl.load(_field(addresses, A_AGE, tl.int32) + tl.load(row + C_FIRST_UNIT) + j, inside, 1)
+    if not PREVIOUS:
+        age += 1
+    # a unit that has no mean yet has one of 0
+    correction = tl.where(age > 0, tl.where(decay > 0, _bias_correction(age, log_decay), 1.0), 1.0)
+    total = tl.zeros([UNITS], tl.float64)
+    for p in tl.range(0, per_unit, loop_unroll_factor=4):
+        column = j * unit_stride + p * position_stride
+        mean = tl.load(running + column, inside, 0)
+        if not PREVIOUS:
+            mean = decay * mean + (1.0 - decay) * (tl.load(feature + column, inside, 0) / count)
+        total += mean / correction
+    origin = total / per_unit.to(tl.float64)
+    hats = _field(addresses, A_HAT, tl.float64) + first_column
+    for p in tl.range(0, per_unit, loop_unroll_factor=4):
+        tl.store(hats + j * unit_stride + p * position_stride, origin, inside)
+
+
+UNIFORM, NORMAL, UNIT, FILL, FORGET, FORGET_MEAN = map(tl.constexpr, range(6))
 
 
 class Target(NamedTuple):
@@ -667,7 +915,9 @@ class Target(NamedTuple):
 
     address: int
     dtype: int
-    kind: int  # UNIFORM in [-value, value) | NORMAL with deviation value | UNIT: in [0, 1) | FILL with value | FORGET
+    # UNIFORM in [-value, value) | NORMAL with deviation value | UNIT: in [0, 1) | FILL with value
+    # FORGET utility and age | FORGET_MEAN of a slot's columns
+    kind: int
     value: int  # bits of a float64
     group: int
     first_unit: int
@@ -730,6 +980,23 @@ def _normal(element, seed, step, stream):
 
 
 @triton.jit
+def _store_as(address, dtype, offset, values, mask):
+    """Store finite float32 values as a type known at run time."""
+    if dtype >= FLOAT32:
+        if dtype == FLOAT32:
+            tl.store(_pointer(address, tl.float32) + offset, values, mask)
+        else:
+            tl.store(_pointer(address, tl.float64) + offset, values.to(tl.float64), mask)
+    elif dtype == FLOAT16:
+        tl.store(_pointer(address, tl.float16) + offset, values.to(tl.float16), mask)
+    else:
+        # to the nearest, ties to even
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        tl.store(_pointer(address, tl.int16) + offset, bits.to(tl.int16), mask)
+
+
+@triton.jit
 def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr, DISTRIBUTION: tl.constexpr):
     """Draws, or fills, what belongs to the chosen units, then forgets their utility and age.
 
@@ -744,21 +1011,30 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     target = targets + tl.load(tile) * TARGET
     kind = tl.load(target + T_KIND)
-    num_chosen = tl.load(_pointer(tl.load(addresses + A_NUM_CHOSEN), tl.int32) + tl.load(target + T_GROUP))
-    chosen = _pointer(tl.load(addresses + A_CHOSEN), tl.int32) + tl.load(target + T_FIRST_UNIT)
+    num_chosen = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + tl.load(target + T_GROUP))
+    chosen = _field(addresses, A_CHOSEN, tl.int32) + tl.load(target + T_FIRST_UNIT)
     if kind == FORGET:
         U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-        utility = _pointer(tl.load(addresses + A_UTILITY), U) + tl.load(target + T_FIRST_UNIT)
-        age = _pointer(tl.load(addresses + A_AGE), tl.int32) + tl.load(target + T_FIRST_UNIT)
+        utility = _field(addresses, A_UTILITY, U) + tl.load(target + T_FIRST_UNIT)
+        age = _field(addresses, A_AGE, tl.int32) + tl.load(target + T_FIRST_UNIT)
         for first in range(0, num_chosen, BLOCK):
             i = first + tl.arange(0, BLOCK)
             j = tl.load(chosen + i, i < num_chosen, 0)
             tl.store(utility + j, 0.0, i < num_chosen)
             tl.store(age + j, 0, i < num_chosen)
+    elif kind == FORGET_MEAN:
+        mean, elements = _field(addresses, A_RUNNING_MEAN, tl.float64), tl.load(target + T_ELEMENTS)
+        for first in range(0, num_chosen * elements, BLOCK):
+            q = first + tl.arange(0, BLOCK)
+            mask = q < num_chosen * elements
+            j = tl.load(chosen + q // elements, mask, 0).to(tl.int64)
+            column = tl.load(target + T_START) + j * tl.load(target + T_UNIT_STRIDE)
+            column += q % elements * tl.load(target + T_POSITION_STRIDE)
+            tl.store(mean + column, 0.0, mask)
     else:
-        is_chosen = _pointer(tl.load(addresses + A_IS_CHOSEN), tl.int32)
-        seed = tl.load(_pointer(tl.load(addresses + A_SEED), tl.int64))
-        step = tl.load(_pointer(tl.load(addresses + A_STEP), tl.int64))
+        is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32)
+        seed = tl.load(_field(addresses, A_SEED, tl.int64))
+        step = tl.load(_field(addresses, A_STEP, tl.int64))
         elements = tl.load(target + T_ELEMENTS)
         axis, rows, columns = tl.load(target + T_AXIS), tl.load(target + T_ROWS), tl.load(target + T_COLUMNS)
         inner, size3, size4 = tl.load(target + T_INNER), tl.load(target + T_SIZE3), tl.load(target + T_SIZE4)
@@ -804,17 +1080,139 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
             elif kind != FILL:
                 r = _unit_uniform(element, seed, step, tl.load(target + T_STREAM))
                 new = tl.where(kind == UNIT, r, (2.0 * r - 1.0) * value.to(tl.float32))
-            at = tl.load(target + T_ADDRESS)
-            dtype = tl.load(target + T_DTYPE)
-            if dtype >= FLOAT32:
-                if dtype == FLOAT32:
-                    tl.store(_pointer(at, tl.float32) + offset, new, mask)
-                else:
-                    tl.store(_pointer(at, tl.float64) + offset, new.to(tl.float64), mask)
-            elif dtype == FLOAT16:
-                tl.store(_pointer(at, tl.float16) + offset, new.to(tl.float16), mask)
-            else:
-                # to the nearest, ties to even; what is drawn is finite
-                bits = new.to(tl.int32, bitcast=True)
-                bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-                tl.store(_pointer(at, tl.int16) + offset, bits.to(tl.int16), mask)
+            _store_as(tl.load(target + T_ADDRESS), tl.load(target + T_DTYPE), offset, new, mask)
+
+
+class Transfer(NamedTuple):
+    """What the replaced units of one slot give to a bias: weight[o, column] * mean of the column, for output o.
+
+    The weight's units lie as in `Target`; `columns` is the slot's row of `Columns`.
+    """
+
+    address: int
+    dtype: int
+    group: int
+    columns: int
+    start: int
+    unit_stride: int
+    position_stride: int
+    per_unit: int
+    rows: int  # outputs that one column reaches: those of its group of a convolution
+    width: int  # columns that have the same outputs
+    inner: int
+    size3: int
+    size4: int
+    row_stride: int
+    column_stride: int
+    stride2: int
+    stride3: int
+    stride4: int
+
+
+(F_ADDRESS, F_DTYPE, F_GROUP, F_COLUMNS, F_START, F_UNIT_STRIDE, F_POSITION_STRIDE, F_PER_UNIT, F_ROWS, F_WIDTH,
+ F_INNER, F_SIZE3, F_SIZE4, F_ROW_STRIDE, F_COLUMN_STRIDE, F_STRIDE2, F_STRIDE3, F_STRIDE4,
+ TRANSFER) = map(tl.constexpr, range(len(Transfer._fields) + 1))  # fmt: skip
+
+
+class Bias(NamedTuple):
+    """One bias, and which transfers it gets, one after the other."""
+
+    address: int
+    dtype: int
+    size: int
+    stride: int
+    first: int
+    transfers: int
+
+
+B_ADDRESS, B_DTYPE, B_SIZE, B_STRIDE, B_FIRST, B_TRANSFERS, BIAS = map(tl.constexpr, range(len(Bias._fields) + 1))
+
+
+@triton.jit
+def _load_as(address, dtype, offset, mask):
+    """Values of a type known at run time, float64."""
+    if dtype >= FLOAT32:
+        if dtype == FLOAT32:
+            values = tl.load(_pointer(address, tl.float32) + offset, mask, 0).to(tl.float64)
+        else:
+            values = tl.load(_pointer(address, tl.float64) + offset, mask, 0)
+    elif dtype == FLOAT16:
+        values = tl.load(_pointer(address, tl.float16) + offset, mask, 0).to(tl.float64)
+    else:
+        values = _value(tl.load(_pointer(address, tl.int16) + offset, mask, 0), BFLOAT16).to(tl.float64)
+    return values
+
+
+@triton.jit
+def _rounded(values, dtype):
+    """float64 values as a type known at run time keeps them, by way of float32 where it has 16 bits."""
+    single = values.to(tl.float32)
+    if dtype == FLOAT64:
+        result = values
+    elif dtype == FLOAT16:
+        result = single.to(tl.float16).to(tl.float64)
+    elif dtype == BFLOAT16:
+        bits = single.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
+        result = tl.where(tl.abs(single) < float("inf"), nearest, single).to(tl.float64)
+    else:
+        result = single.to(tl.float64)
+    return result
+
+
+@triton.jit
+def transfer(tiles, biases, transfers, columns, addresses):
+    """bias[o] += sum over the chosen units' columns of weight[o, c] * m[c] / (1 - decay^age), in float64.
+
+    For 128 outputs of one bias; what is not finite is not added. Reads the columns of the chosen units.
+
+    Args:
+        tiles: int32 [programs, 2], the bias and which 128 of its entries.
+        biases, transfers, columns, addresses: int64 tables of `Bias`, `Transfer`, `Columns`, `Addresses`.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    bias = biases + tl.load(tile) * BIAS
+    o = tl.load(tile + 1).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    inside = o < tl.load(bias + B_SIZE)
+    hyper = _field(addresses, A_HYPER, tl.float64)
+    decay, log_decay = tl.load(hyper + 2), tl.load(hyper + 3)
+    address, dtype, offset = tl.load(bias + B_ADDRESS), tl.load(bias + B_DTYPE), o * tl.load(bias + B_STRIDE)
+    value = _load_as(address, dtype, offset, inside)
+    before = value
+    first = tl.load(bias + B_FIRST)
+    for t in range(first, first + tl.load(bias + B_TRANSFERS)):
+        row = transfers + t * TRANSFER
+        unit_columns = columns + tl.load(row + F_COLUMNS) * COLUMNS
+        first_unit = tl.load(unit_columns + C_FIRST_UNIT)
+        num_chosen = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + tl.load(row + F_GROUP))
+        chosen = _field(addresses, A_CHOSEN, tl.int32) + first_unit
+        ages = _field(addresses, A_AGE, tl.int32) + first_unit
+        means = _field(addresses, A_RUNNING_MEAN, tl.float64) + tl.load(unit_columns + C_COLUMN)
+        per_unit, width, rows = tl.load(row + F_PER_UNIT), tl.load(row + F_WIDTH), tl.load(row + F_ROWS)
+        size3, size4 = tl.load(row + F_SIZE3), tl.load(row + F_SIZE4)
+        total = tl.zeros([UNITS], tl.float64)
+        for n in range(num_chosen):
+            j = tl.load(chosen + n).to(tl.int64)
+            correction = tl.where(decay > 0, _bias_correction(tl.load(ages + j), log_decay), 1.0)
+            for p in range(per_unit):
+                at = j * tl.load(unit_columns + C_UNIT_STRIDE) + p * tl.load(unit_columns + C_POSITION_STRIDE)
+                mean = tl.load(means + at) / correction
+                index = tl.load(row + F_START) + j * tl.load(row + F_UNIT_STRIDE)
+                index += p * tl.load(row + F_POSITION_STRIDE)
+                # a grouped convolution's column reaches the outputs of its group
+                mine = inside & (o // rows == index // width)
+                place = o * tl.load(row + F_ROW_STRIDE) + index % width * tl.load(row + F_COLUMN_STRIDE)
+                for e in range(tl.load(row + F_INNER)):
+                    inner = e // (size3 * size4) * tl.load(row + F_STRIDE2)
+                    inner += e // size4 % size3 * tl.load(row + F_STRIDE3) + e % size4 * tl.load(row + F_STRIDE4)
+                    gain = _load_as(tl.load(row + F_ADDRESS), tl.load(row + F_DTYPE), place + inner, mine) * mean
+                    total += tl.where(mine, gain, 0.0)
+        moved = _rounded(value + total, dtype)
+        value = tl.where((num_chosen > 0) & (tl.abs(moved) < float("inf")), moved, value)
+    # no warp may write what another has still to read
+    tl.debug_barrier()
+    changed = inside & (value != before) & (tl.abs(value) < float("inf"))
+    if dtype == FLOAT64:
+        tl.store(_pointer(address, tl.float64) + offset, value, changed)
+    else:
+        _store_as(address, dtype, offset, value.to(tl.float32), changed)

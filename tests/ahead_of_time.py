@@ -36,13 +36,6 @@ class Compiled(NamedTuple):
     spills: int
 
 
-def _types(kernel):
-    """int32 tables are named, all others are int64."""
-    return [
-        "*i32" if name in ("tiles", "counters", "owners") else "*i64" for name in kernel.arg_names if name.islower()
-    ]
-
-
 def _compile(specialisation):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -52,8 +45,8 @@ def _compile(specialisation):
 
     name, meta, target = specialisation
     kernel = getattr(triton_kernels, name)
-    types = _types(kernel)
     names = kernel.arg_names
+    types = ["*i32" if n in triton_kernels.INT32 else "*i64" for n in names if n not in dict(meta)]
     source = ASTSource(
         kernel,
         {n: types[i] if i < len(types) else "constexpr" for i, n in enumerate(names)},

@@ -11,21 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
-from test_kernels import cases, check_step_on_whole_numbers, gamma
+from test_kernels import RULES, cases, check_step_on_whole_numbers, gamma
 from torch import nn
 from triton.runtime import interpreter
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, triton_backend, triton_kernels
 
-SERVED = {
-    "nature": Rule.nature(),
-    "clarena": Rule.clarena(),
-    "contribution": Rule.gnt(),
-    "weight": Rule.gnt("weight"),
-    "adaptation": Rule.gnt("adaptation"),
-    "all": Rule.gnt(accrual="all", init="default"),
-    "coin": Rule.gnt(accumulate=False, init="xavier"),
-}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -36,15 +27,14 @@ def interpreter_arithmetic():
         yield
 
 
-served = cases(powers_of_two=True).filter(lambda case: case.rule in SERVED)
-
-
 def check_on_triton(case):
     check_step_on_whole_numbers(case, "triton")
 
 
-test_step_on_whole_numbers = settings(max_examples=15)(given(served)(check_on_triton))
-test_many_steps_on_whole_numbers = pytest.mark.slow(settings(max_examples=200)(given(served)(check_on_triton)))
+test_step_on_whole_numbers = settings(max_examples=15)(given(cases(powers_of_two=True))(check_on_triton))
+test_many_steps_on_whole_numbers = pytest.mark.slow(
+    settings(max_examples=200)(given(cases(powers_of_two=True))(check_on_triton))
+)
 
 
 def mlp(widths, dtypes=(torch.float32,), seed=0):
@@ -112,11 +102,11 @@ def assert_same_run(mine, theirs, rtol=0.0):
 
 
 @pytest.mark.parametrize(
-    ("rule", "capture"), [*((rule, "deferred") for rule in SERVED), ("nature", "inline"), ("clarena", "inline")]
+    ("rule", "capture"), [*((rule, "deferred") for rule in RULES), ("nature", "inline"), ("clarena", "inline")]
 )
 def test_training_is_that_of_the_compiled_backend(rule, capture):
     widths = (20, 20, 17, 3)
-    runs = [train(b, SERVED[rule], widths, capture=capture, maturity_threshold=0) for b in ("triton", "cpp")]
+    runs = [train(b, RULES[rule], widths, capture=capture, maturity_threshold=0) for b in ("triton", "cpp")]
     assert sum(len(units) for step in runs[0][3] for units in step.values()) > 3
     # a chain of at most 33 additions in float32, and of as many steps in the average
     assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
@@ -130,7 +120,7 @@ def test_training_is_that_of_the_compiled_backend(rule, capture):
 @pytest.mark.parametrize("rule", ["nature", pytest.param("clarena", marks=pytest.mark.slow)])
 def test_training_in_other_types(rule, dtypes):
     runs = [
-        train(b, SERVED[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0)
+        train(b, RULES[rule], (20, 20, 17, 16, 3), dtypes=dtypes, steps=2, maturity_threshold=0)
         for b in ("triton", "cpp")
     ]
     assert_same_run(*runs, rtol=4 * gamma(40, torch.float32))
@@ -138,7 +128,7 @@ def test_training_in_other_types(rule, dtypes):
 
 @pytest.mark.parametrize("rule", ["nature", "contribution", "adaptation"])
 def test_training_on_whole_numbers_has_the_same_bits(rule):
-    runs = [train(b, SERVED[rule], dyadic=True, decay_rate=0.5) for b in ("triton", "cpp")]
+    runs = [train(b, RULES[rule], dyadic=True, decay_rate=0.5) for b in ("triton", "cpp")]
     assert_same_run(*runs)
 
 
@@ -282,7 +272,7 @@ def test_any_memory_layout(kind, view, rule):
         for layer in (producer, reader):
             values = torch.randint(-4, 5, layer.weight.shape).float()
             layer.weight = nn.Parameter(VIEWS[view](values) if backend == "triton" else values)
-        cbp = engine_of([([producer], [out])], SERVED[rule], backend=backend, replacement_rate=0.3)
+        cbp = engine_of([([producer], [out])], RULES[rule], backend=backend, replacement_rate=0.3)
         cbp._engine.record(0, VIEWS[view](h) if backend == "triton" else h)
         cbp.step()
         results.append([cbp.utility["g0"], cbp.last_replaced["g0"], producer.weight, producer.bias, reader.weight])
@@ -412,7 +402,7 @@ def test_the_halves_of_a_step_in_several_processes(rule, monkeypatch):
         for layer in layers:
             layer.weight.data = torch.randint(-4, 5, layer.weight.shape).float()
         groups = [([layers[0]], [layers[1]]), ([layers[1]], [layers[2]])]
-        cbp = engine_of(groups, SERVED[rule], backend=backend, replacement_rate=0.3)
+        cbp = engine_of(groups, RULES[rule], backend=backend, replacement_rate=0.3)
         engine = cbp._engine
         # no two axes of the first one are neighbours in memory
         h = torch.randint(-4, 5, (2, 3, 2, 2, 3, 5)).float().permute(3, 1, 4, 0, 2, 5)[..., ::2, :]
