@@ -68,9 +68,10 @@ test-integrations: .venv/built .venv-integrations/tools
 # Another Triton over the packages of .venv, whose own is the newest: 3.6.0 is that of PyTorch 2.10 and 2.11, 3.7.1 that
 # of 2.12 and 2.13, 3.8.0 that of 2.14
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
+TEST_TRITON = PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4
 test-triton: .venv/built .venv-triton-$(VERSION)/tools
-	PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
-		-m "not slow and not gpu" tests/test_triton.py tests/test_triton_compile.py $(ARGS)
+	$(TEST_TRITON) -m "not slow and not gpu" tests/test_triton.py $(ARGS)
+	$(TEST_TRITON) -k "every_specialisation or on_the_machine and 0" tests/test_triton_compile.py $(ARGS)
 
 # one process: the tests share the device
 gpu: .venv/built
