@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
@@ -14,6 +17,9 @@ from .rules import Rule
 from .state import State
 
 BACKENDS = ("reference", "cpp", "triton")
+# what the tests run: the Triton of PyTorch 2.10, and the newest
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
+TESTED_TRITON = " to ".join(".".join(map(str, version)) for version in (OLDEST_TRITON, NEWEST_TRITON))
 
 
 class Functions(NamedTuple):
@@ -45,12 +51,48 @@ def prepare_triton(state: State, inline: bool) -> None:
     _module_of("triton").prepare(state, inline)
 
 
+def triton_version() -> str | None:
+    """The version of Triton, None if it is not installed."""
+    if find_spec("triton") is None:
+        return None
+    # what is installed may be called triton, pytorch-triton, triton-windows, ..; the module knows
+    import triton
+
+    return getattr(triton, "__version__", "unknown")
+
+
+def _numbers(version: str) -> tuple[int, ...] | None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def is_tested_triton(version: str) -> bool:
+    """Whether the tests run on a version of Triton."""
+    numbers = _numbers(version)
+    return numbers is not None and OLDEST_TRITON <= numbers <= NEWEST_TRITON
+
+
+# once a version and process
+@cache
+def _warn_of(version: str) -> None:
+    if not is_tested_triton(version):
+        warnings.warn(f"Triton {version} is none of those that the tests cover ({TESTED_TRITON})", stacklevel=2)
+
+
 def why_not_triton(rule: Rule, device: torch.device, split: bool) -> str | None:
     """Why the Triton backend cannot serve a rule on a device, with `split` parameters or whole ones; None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"serves CUDA and ROCm devices and the model is on {device}"
-    if find_spec("triton") is None:
+    version = triton_version()
+    if version is None:
         return "is not installed"
+    # before the backend is imported, which an older one may not survive
+    if (_numbers(version) or OLDEST_TRITON) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (
+            f"must be {oldest} or newer and is {version} "
+            f'(pip install "triton>={oldest}", or the one that PyTorch asks for)'
+        )
     return _module_of("triton").why_not(rule, device, split)
 
 
@@ -63,19 +105,26 @@ def backend_for(device: torch.device, name: str | None, rule: Rule, split: bool 
     Raises:
         ValueError: an unknown name, or a backend that does not serve the device or the rule.
         ModuleNotFoundError: "triton" was asked for and is not installed.
+
+    Warns:
+        UserWarning: once, of a Triton that the tests do not cover.
     """
     if name is None:
         if device.type == "cpu":
             return "cpp"
-        return "reference" if why_not_triton(rule, device, split) else "triton"
-    if name not in BACKENDS:
+        if why_not_triton(rule, device, split):
+            return "reference"
+        name = "triton"
+    elif name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, must be one of {', '.join(BACKENDS)}, or None for the fastest")
-    if name == "cpp" and device.type != "cpu":
+    elif name == "cpp" and device.type != "cpu":
         raise ValueError(f"backend 'cpp' serves CPU tensors and the model is on {device}; leave backend=None")
-    if name == "triton":
+    elif name == "triton":
         if find_spec("triton") is None:
             raise ModuleNotFoundError("backend 'triton' needs Triton: pip install triton, or leave backend=None")
         why = why_not_triton(rule, device, split)
         if why is not None:
             raise ValueError(f"backend 'triton' {why}; leave backend=None")
+    if name == "triton":
+        _warn_of(triton_version() or "")
     return name

@@ -57,7 +57,7 @@ def why_not(rule: Rule, device: torch.device, split: bool) -> str | None:
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         return "serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type == "cuda" and triton.knobs.runtime.interpret:
-        return f"cannot reach {device} from Triton's interpreter (TRITON_INTERPRET=1), which runs on the CPU; unset it"
+        return "cannot reach a GPU's memory from Triton's interpreter (unset TRITON_INTERPRET)"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 and {torch.cuda.get_device_name(device)} has less"
     return None

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
+# of every version; its keys tell them apart
+CACHE = Path(__file__).parents[1] / "build" / "triton"
 
 
 class Specialisation(NamedTuple):
@@ -75,7 +77,7 @@ def _compile(specialisation):
 @functools.cache
 def compiled(*specialisations):
     """`Compiled` of each. Triton's own cache makes the second time quick."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0"}
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, __file__, directory]
         result = subprocess.run(

@@ -24,7 +24,24 @@ def test_info_names_instruction_sets_backends_and_threads(capsys):
     assert f"{torch.get_num_threads()} threads in use" in out
     for backend in ("cpp", "reference", "triton"):
         assert f"backend {backend}" in out
-    assert "available, with Triton" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        ("3.7.1", "available, with Triton 3.7.1 (3.6 to 3.9 are tested)"),
+        ("4.0.0", "available, with Triton 4.0.0 (not tested; 3.6 to 3.9 are)"),
+        ("3.5.1", "not available: Triton 3.5.1 (not tested; 3.6 to 3.9 are) must be 3.6 or newer and is 3.5.1 (pip"),
+        (None, "not available: Triton is not installed"),
+    ],
+)
+def test_info_says_which_triton_and_whether_it_is_tested(version, line, monkeypatch, capsys):
+    if version:
+        monkeypatch.setattr("triton.__version__", version)
+    else:
+        monkeypatch.setattr("cbp_fast.ops.find_spec", lambda name: None)
+    main(["info"])
+    assert f"backend triton     {line}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

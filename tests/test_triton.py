@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 import threading
 
 import numpy as np
@@ -16,13 +17,21 @@ from torch import nn
 from triton.runtime import interpreter
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, triton_backend, triton_kernels
+from cbp_fast.ops import backend_for
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def interpreter_arithmetic():
+def interpreter_arithmetic(monkeypatch):
     """The interpreter computes in NumPy, which would warn of what floating point does by design."""
+    if triton.__version__.startswith("3.6."):
+        # its loops take their bounds by int(array of one element), which NumPy has refused since
+        def patch_tensor(tensor, scope, plain=interpreter._patch_lang_tensor):
+            plain(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
     with np.errstate(all="ignore"):
         yield
 
@@ -496,6 +505,36 @@ def test_triton_is_not_installed(monkeypatch):
     monkeypatch.setattr("cbp_fast.ops.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="backend 'triton' needs Triton: pip install triton"):
         attach(mlp((4, 5, 2)), "triton")
+
+
+def test_the_interpreter_serves_no_gpu():
+    device = torch.device("cuda")
+    assert backend_for(device, None, Rule.nature()) == "reference"
+    with pytest.raises(ValueError, match=r"cannot reach a GPU's memory from Triton's interpreter \(unset TRITON_INT"):
+        backend_for(device, "triton", Rule.nature())
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.3.0+git1a2b", "3.2.0.post11"])
+def test_an_old_triton_is_refused_before_it_is_used(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr("cbp_fast.ops._module_of", None)
+    assert backend_for(torch.device("cuda"), None, Rule.nature()) == "reference"
+    with pytest.raises(ValueError, match=rf"must be 3.6 or newer and is {re.escape(version)} \(pip install \"triton>="):
+        backend_for(torch.device("cpu"), "triton", Rule.nature())
+
+
+@pytest.mark.parametrize("version", ["3.6.0+git9844da95", "3.7.1.post25", "3.9.2"])
+def test_a_covered_triton_is_used_without_a_word(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    assert backend_for(torch.device("cpu"), "triton", Rule.nature()) == "triton"
+
+
+@pytest.mark.parametrize("version", ["3.10.0", "4.0.0", "unknown"])
+def test_another_triton_is_used_with_one_warning(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    with pytest.warns(UserWarning, match=f"Triton {version} is none of those that the tests cover \\(3.6 to 3.9\\)"):
+        assert backend_for(torch.device("cpu"), "triton", Rule.nature()) == "triton"
+    assert backend_for(torch.device("cpu"), "triton", Rule.nature()) == "triton"
 
 
 def test_state_goes_from_one_backend_to_the_other():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from .. import _C, __version__
-from ..ops import why_not_triton
+from ..ops import TESTED_TRITON, is_tested_triton, triton_version, why_not_triton
 from ..rules import Rule
 
 
@@ -41,8 +40,13 @@ def run(args: argparse.Namespace) -> int:
 def _triton() -> str:
     """Whether the Triton backend can run, or why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    version = triton_version()
+    if version is None:
+        return "not available: Triton is not installed"
+    tested = f"{TESTED_TRITON} are tested" if is_tested_triton(version) else f"not tested; {TESTED_TRITON} are"
     why = why_not_triton(Rule.nature(), device, split=False)
-    return f"not available: Triton {why}" if why else f"available, with Triton {version('triton')}"
+    which = f"Triton {version} ({tested})"
+    return f"not available: {which} {why}" if why else f"available, with {which}"
 
 
 def versions() -> dict[str, str]:
