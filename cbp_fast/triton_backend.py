@@ -701,8 +701,9 @@ class _Step(_Plan):
         ranked: Sequence[int],
     ) -> None:
         # activations by slot, so that a slot's sums are neighbours
-        activations = sorted(_activation_sums(state, held, slots), key=lambda s: s.slot)
-        sums, rule = list(activations), state.rule
+        rule = state.rule
+        activations = sorted(_activation_sums(state, held, slots) if rule.activation else [], key=lambda s: s.slot)
+        sums = list(activations)
         of_slot = [s.slot for s in activations]
         # only the first part of a divided activation brings its samples
         samples = [0] * len(state.slots)
