@@ -11,6 +11,7 @@ of an earlier time, until a warp there acquires; `.cg` looks past it. Every oper
 import ctypes
 import random
 import re
+from fractions import Fraction
 
 import numpy as np
 
@@ -22,7 +23,7 @@ TYPES = {
 }
 REGISTERS = {"p": np.dtype(bool), "rs": np.dtype("u2"), "r": np.dtype("u4"), "rd": np.dtype("u8")}
 # what all lanes of a warp do at once; those that come first wait
-TOGETHER = ("bar", "shfl", "redux", "ldmatrix")
+TOGETHER = ("bar", "shfl", "vote", "redux", "ldmatrix")
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -103,6 +104,46 @@ def _extreme(function, float_function):
     return lambda a, b: (float_function if a.dtype.kind == "f" else function)(a, b)
 
 
+def _bits(values):
+    """Bits of each value, the lowest first."""
+    bits = np.unpackbits(np.ascontiguousarray(values).view(np.uint8), bitorder="little")
+    return bits.reshape(len(values), 8 * values.dtype.itemsize).astype(bool)
+
+
+def _highest(values, dtype):
+    """Place of the highest bit that is set, or, of a negative value, that is not; -1 where there is none."""
+    values = np.where(values < 0, ~values, values) if dtype.kind == "i" else values
+    places = np.arange(8 * dtype.itemsize)
+    return np.where(_bits(values), places, -1).max(1)
+
+
+def _fused(a, b, c):
+    """a * b + c, rounded once."""
+    result = a * b + c
+    for i in np.flatnonzero(np.isfinite(result)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        if exact:
+            # rounded twice for float32, which may be off by one; of two that are as near, the even one is right
+            x = a.dtype.type(float(exact))
+            around = [x, *(np.nextafter(x, x.dtype.type(end)) for end in (-np.inf, np.inf))]
+            around = [y for y in around if np.isfinite(y)]
+            result[i] = min(around, key=lambda y: (abs(Fraction(float(y)) - exact), y.view(unsigned(y.itemsize)) & 1))
+    return result
+
+
+# what an atomic makes of what there is and its operands
+ATOMIC = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, new: new,
+    "cas": lambda old, expected, new: new if old == expected else old,
+}
+REDUCTIONS = {name: ATOMIC[name] for name in ("add", "min", "max", "and", "or", "xor")}
+
 ELEMENTWISE = {
     "add": np.add,
     "sub": np.subtract,
@@ -120,6 +161,8 @@ ELEMENTWISE = {
     "abs": np.abs,
     "sqrt": np.sqrt,
     "mov": lambda a: a,
+    "fma": _fused,
+    "copysign": lambda a, b: np.copysign(b, a),
 }
 ROUNDINGS = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
 
@@ -151,7 +194,10 @@ class Assembler:
         arguments = operands(rest)
         if make is None and name not in ELEMENTWISE:
             raise MachineError(f"unknown instruction: {statement}")
-        run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
+        try:
+            run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
+        except KeyError as error:
+            raise MachineError(f"unknown instruction, by {error}: {statement}") from None
         return (self.value(guard, TYPES["pred"]) if guard else None), run, name in TOGETHER
 
     def value(self, text, dtype):
@@ -270,6 +316,56 @@ class Assembler:
 
         return run
 
+    def make_popc(self, suffixes, arguments):
+        return self.counted(suffixes, arguments, lambda x, dtype: _bits(x).sum(1))
+
+    def make_clz(self, suffixes, arguments):
+        return self.counted(suffixes, arguments, lambda x, dtype: 8 * dtype.itemsize - 1 - _highest(x, dtype))
+
+    def make_bfind(self, suffixes, arguments):
+        if "shiftamt" in suffixes:
+            raise KeyError("shiftamt")
+        return self.counted(suffixes, arguments, _highest)
+
+    def counted(self, suffixes, arguments, function):
+        """A 32-bit number from the bits of a value."""
+        dtype = TYPES[suffixes[-1]]
+        get, put = self.value(arguments[1], dtype), self.setter(arguments[0])
+        return lambda warp, lanes: put(warp, lanes, function(get(warp), dtype).astype("i4"))
+
+    def make_prmt(self, suffixes, arguments):
+        """Each byte of the result by four bits of the selector: one of the eight of both values, or its sign."""
+        if suffixes != ["b32"]:
+            raise KeyError(suffixes[-1])
+        gets, put = [self.value(a, TYPES["u32"]) for a in arguments[1:]], self.setter(arguments[0])
+
+        def run(warp, lanes):
+            a, b, selector = (get(warp) for get in gets)
+            source = np.stack([a, b], 1).view(np.uint8).reshape(WARP, 8)
+            picks = selector[:, None] >> np.arange(0, 16, 4, dtype="u4") & 15
+            byte = np.take_along_axis(source, (picks & 7).astype(int), 1)
+            byte = np.where(picks & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint8)
+            put(warp, lanes, np.ascontiguousarray(byte).view("u4").reshape(WARP))
+
+        return run
+
+    def make_lop3(self, suffixes, arguments):
+        """Bit n of the table is the result for the bits a, b, c of n = 4 a + 2 b + c."""
+        if suffixes != ["b32"]:
+            raise KeyError(suffixes[0])
+        gets, put = [self.value(a, TYPES["u32"]) for a in arguments[1:4]], self.setter(arguments[0])
+        table = int(arguments[4], 0)
+
+        def run(warp, lanes):
+            values, result = [get(warp) for get in gets], np.zeros(WARP, "u4")
+            for n in range(8):
+                if table >> n & 1:
+                    a, b, c = (x if n >> 2 - i & 1 else ~x for i, x in enumerate(values))
+                    result |= a & b & c
+            put(warp, lanes, result)
+
+        return run
+
     def make_selp(self, suffixes, arguments):
         dtype = TYPES[suffixes[-1]]
         a, b = (self.value(text, dtype) for text in arguments[1:3])
@@ -277,24 +373,29 @@ class Assembler:
         return lambda warp, lanes: put(warp, lanes, np.where(which(warp), a(warp), b(warp)))
 
     def make_setp(self, suffixes, arguments):
+        if len(suffixes) > 2 or "|" in arguments[0]:
+            raise KeyError(".".join(suffixes))
         comparison, dtype = suffixes[0], TYPES[suffixes[-1]]
         a, b = (self.value(text, dtype) for text in arguments[1:3])
         put = self.setter(arguments[0])
         with_nan = dtype.kind == "f" and comparison[-1] == "u"
-        compare = COMPARISONS[comparison[:-1] if with_nan else comparison]
+        compare = np.not_equal if comparison == "nan" else COMPARISONS[comparison[:-1] if with_nan else comparison]
 
         def run(warp, lanes):
             x, y = a(warp), b(warp)
             result = compare(x, y)
             if dtype.kind == "f":
                 unordered = np.isnan(x) | np.isnan(y)
-                result = result | unordered if with_nan else result & ~unordered
+                result = unordered if comparison == "nan" else result | unordered if with_nan else result & ~unordered
             put(warp, lanes, result)
 
         return run
 
     def make_cvt(self, suffixes, arguments):
         target, source = (TYPES[s] for s in suffixes[-2:])
+        for s in suffixes[:-2]:
+            if s not in ("rn", *ROUNDINGS):
+                raise KeyError(s)
         rounding = ROUNDINGS.get(suffixes[0])
         get, put = self.value(arguments[1], source), self.setter(arguments[0])
 
@@ -362,32 +463,37 @@ class Assembler:
         return run
 
     def make_atom(self, suffixes, arguments):
-        if "add" not in suffixes or suffixes[-1] != "u32":
-            raise MachineError(f"unknown atomic: {'.'.join(suffixes)}")
-        put, amount = self.setter(arguments[0]), self.value(arguments[2], TYPES["u32"])
-        is_global, orders = "global" in suffixes, "acq_rel" in suffixes
-        address = self.address(arguments[1], is_global)
+        function, dtype, is_global = ATOMIC[suffixes[-2]], TYPES[suffixes[-1]], "global" in suffixes
+        if not is_global and not {"shared", "shared::cta"} & set(suffixes):
+            raise KeyError(".".join(suffixes))
+        releases = {"acq_rel", "release"} & set(suffixes)
+        acquires = {"acq_rel", "acquire"} & set(suffixes)
+        put, address = self.setter(arguments[0]), self.address(arguments[1], is_global)
+        gets = [self.value(a, dtype) for a in arguments[2:]]
 
         def run(warp, lanes):
-            if orders:
+            if releases:
                 warp.release()
-            before = np.zeros(WARP, "u4")
+            before, values = np.zeros(WARP, dtype), [get(warp) for get in gets]
             # lanes in any order, as the memory takes them
             which = np.flatnonzero(lanes)
             starts = dict(zip(which.tolist(), address(warp, lanes), strict=True))
             warp.program.launch.rng.shuffle(which)
             for lane in which.tolist():
-                place = warp.strong(starts[lane]) if is_global else warp.program.shared[starts[lane] : starts[lane] + 4]
-                before[lane] = place.view("u4")[0]
-                place.view("u4")[0] = (int(before[lane]) + int(amount(warp)[lane])) & 0xFFFFFFFF
-            if orders:
+                place = (warp.strong if is_global else warp.program.at_shared)(starts[lane], dtype.itemsize).view(dtype)
+                before[lane] = place[0]
+                place[0] = function(before[lane], *(x[lane] for x in values))
+            if acquires:
                 warp.acquire()
             put(warp, lanes, before)
 
         return run
 
+    def make_red(self, suffixes, arguments):
+        return self.make_atom(suffixes, ["_", *arguments])
+
     def make_shfl(self, suffixes, arguments):
-        mode, put = suffixes[1], self.setter(arguments[0])
+        mode, (put, *puts) = suffixes[1], [self.setter(text) for text in arguments[0].split("|")]
         get, b, c = (self.value(a, TYPES["u32"]) for a in arguments[1:4])
         lane = np.arange(WARP)
 
@@ -402,13 +508,34 @@ class Assembler:
                 other = {"bfly": lane ^ step, "down": lane + step, "idx": first | step & ~segment}[mode]
                 inside = other <= last
             put(warp, lanes, x[np.where(inside, other, lane)])
+            for put_inside in puts:
+                put_inside(warp, lanes, inside)
+
+        return run
+
+    def make_vote(self, suffixes, arguments):
+        """What the lanes say together, to all of them: a mask of those that say yes, or whether any or all do."""
+        function = {
+            "ballot": lambda yes, asked: sum(1 << i for i in np.flatnonzero(yes & asked).tolist()),
+            "any": lambda yes, asked: (yes & asked).any(),
+            "all": lambda yes, asked: (yes | ~asked).all(),
+        }[suffixes[1]]
+        put, get, members = (
+            self.setter(arguments[0]),
+            self.value(arguments[1], TYPES["pred"]),
+            self.value(arguments[2], TYPES["u32"]),
+        )
+
+        def run(warp, lanes):
+            asked = lanes & (members(warp) >> np.arange(WARP, dtype="u4") & 1).astype(bool)
+            put(warp, lanes, np.full(WARP, function(get(warp), asked), TYPES[suffixes[-1]]))
 
         return run
 
     def make_redux(self, suffixes, arguments):
         dtype, put = TYPES[suffixes[-1]], self.setter(arguments[0])
         function, get = (
-            {"add": np.add, "min": np.minimum, "max": np.maximum}[suffixes[1]],
+            REDUCTIONS[suffixes[1]],
             self.value(arguments[1], dtype),
         )
 
@@ -491,11 +618,16 @@ class Warp:
 
     # memory
 
-    def strong(self, address):
+    def strong(self, address, size):
         """The memory itself; every first cache forgets what it has of it."""
+        self.pending(address, size)
+        # what this warp has stored there comes first
+        for stores in (self.program.stores, self.stores):
+            if address in stores:
+                self.program.publish({address: stores.pop(address)})
         for cache in self.program.launch.caches:
             cache.pop(address // LINE, None)
-        return self.program.launch.memory.at(address, 4)
+        return self.program.launch.memory.at(address, size)
 
     def pending(self, address, size):
         for stores in (self.stores, self.program.stores):
@@ -548,6 +680,9 @@ class Program:
         self.launch, self.number, self.stores = launch, number, {}
         self.shared, self.cache = np.full(shared, 0xCD, np.uint8), launch.rng.choice(launch.caches)
         self.warps = [Warp(self, i) for i in range(launch.kernel.threads // WARP)]
+
+    def at_shared(self, address, size):
+        return self.shared[address : address + size]
 
     def publish(self, stores):
         """Put stores into memory, and into this multiprocessor's first cache where that has their line."""
