@@ -6,12 +6,22 @@ device's memory, at their own addresses, and an access outside them, or not alig
 What a warp stores is seen by that warp at once, by its program after a barrier, and by other programs after a release
 by a warp of that program, or when the launch is over. A plain load may see what its multiprocessor's first cache holds
 of an earlier time, until a warp there acquires; `.cg` looks past it. Every operation rounds by itself.
+
+A clock counts round trips to global memory that wait for each other. All programs start at 0. Between labels, branches,
+barriers and atomics, instructions are taken as perfectly scheduled: each issues as soon as its registers are ready; a
+global load is ready one trip later, all else at once. A warp goes on from there when the last of them has issued, so it
+has waited for what was used, and not for what was only loaded. An atomic takes a trip from when it and those before it
+on its word have set out, and one that releases sets out a trip after the last store. Caches, bandwidth and how many
+atomics one word can take count for nothing.
 """
 
 import ctypes
+import math
 import random
 import re
+from bisect import bisect_right
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,6 +57,26 @@ def unsigned(size):
     return np.dtype(f"u{size}")
 
 
+class Instruction(NamedTuple):
+    """What the machine does with one, and what its clock needs to know."""
+
+    guard: object  # a function of a warp, or None
+    run: object  # a function of a warp and the lanes that run, or what changes their course
+    together: bool
+    kind: str  # name and memory: "ld global"
+    sources: tuple[str, ...]  # registers
+    targets: tuple[str, ...]
+    is_first: bool  # of what is scheduled together
+
+    @classmethod
+    def of(cls, guard, run, name, suffixes, arguments, is_first, guard_text):
+        place = next((s.split("::")[0] for s in suffixes if s.startswith(("global", "shared"))), "")
+        has_target = name not in ("st", "red", "bra", "bar", "ret")
+        texts = arguments[:has_target], (guard_text or "", *arguments[has_target:])
+        targets, sources = (tuple(dict.fromkeys(re.findall(r"%[a-z]+\d+", " ".join(t)))) for t in texts)
+        return cls(guard, run, name in TOGETHER, f"{name} {place}", sources, targets, is_first)
+
+
 class Memory:
     """Bytes of tensors at their own addresses."""
 
@@ -64,7 +94,7 @@ class Memory:
 
     def at(self, address, size):
         """The `size` bytes at an address, as a view."""
-        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        place = bisect_right(self.bases, address) - 1
         offset = address - self.bases[place] if place >= 0 else -1
         if offset < 0 or offset + size > len(self.buffers[place]):
             raise MachineError(f"{size} bytes at {address:#x} are in no tensor")
@@ -75,7 +105,7 @@ class Memory:
     def line(self, address):
         """What there is of a cache line, by address."""
         first = address // LINE * LINE
-        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        place = bisect_right(self.bases, address) - 1
         base, buffer = self.bases[place], self.buffers[place]
         low, high = max(first, base), min(first + LINE, base + len(buffer))
         return low, bytearray(buffer[low - base : high - base].tobytes())
@@ -185,9 +215,10 @@ class Assembler:
                 self.labels[statement[:-1]] = len(self.text)
             elif statement and not statement.startswith("."):
                 self.text.append(statement)
-        self.code = [self.instruction(statement) for statement in self.text]
+        firsts = set(self.labels.values())
+        self.code = [self.instruction(statement, i in firsts) for i, statement in enumerate(self.text)]
 
-    def instruction(self, statement):
+    def instruction(self, statement, is_first):
         guard, opcode, rest = re.match(r"(?:@(!?%p\d+)\s+)?(\S+)\s*(.*)", statement).groups()
         name, *suffixes = opcode.split(".")
         make = getattr(self, f"make_{name}", None)
@@ -198,7 +229,8 @@ class Assembler:
             run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
         except KeyError as error:
             raise MachineError(f"unknown instruction, by {error}: {statement}") from None
-        return (self.value(guard, TYPES["pred"]) if guard else None), run, name in TOGETHER
+        predicate = self.value(guard, TYPES["pred"]) if guard else None
+        return Instruction.of(predicate, run, name, suffixes, arguments, is_first, guard)
 
     def value(self, text, dtype):
         """A function of a warp: the operand in all its lanes."""
@@ -470,8 +502,11 @@ class Assembler:
         acquires = {"acq_rel", "acquire"} & set(suffixes)
         put, address = self.setter(arguments[0]), self.address(arguments[1], is_global)
         gets = [self.value(a, dtype) for a in arguments[2:]]
+        registers = re.findall(r"%[a-z]+\d+", arguments[0])
 
         def run(warp, lanes):
+            if is_global:
+                warp.order(address(warp, lanes), releases, acquires, registers)
             if releases:
                 warp.release()
             before, values = np.zeros(WARP, dtype), [get(warp) for get in gets]
@@ -566,11 +601,52 @@ def check_vector(addresses, size):
             raise MachineError(f"{size} bytes at {a:#x} are not aligned")
 
 
+class Clock:
+    """When the instructions of one warp issue."""
+
+    def __init__(self):
+        self.now = self.latest = 0  # of what is scheduled together: the start, and the last issue so far
+        self.ready = {}  # by register
+        self.stored, self.stored_shared = -1, 0  # the last store
+
+    def issue(self, instruction):
+        ready = self.ready
+        time = max([self.now, *(ready[s] for s in instruction.sources if s in ready)])
+        if instruction.kind.endswith("shared"):
+            time = max(time, self.stored_shared)
+        if time > self.latest:
+            self.latest = time
+        return time
+
+    def finish(self, instruction, time):
+        """Its results are on their way."""
+        if instruction.kind == "st global":
+            self.stored = max(self.stored, time)
+        elif instruction.kind == "st shared":
+            self.stored_shared = max(self.stored_shared, time)
+        elif instruction.kind == "ld global":
+            time += 1
+        for target in instruction.targets:
+            self.ready[target] = time
+
+    def wait(self):
+        """For everything that has been used so far."""
+        self.now = self.latest
+
+    @staticmethod
+    def meet(clocks):
+        """A barrier."""
+        time, stored = max(c.latest for c in clocks), max(c.stored for c in clocks)
+        for clock in clocks:
+            clock.now = clock.latest = time
+            clock.stored = stored
+
+
 class Warp:
     """32 threads: registers, a place in the code for each, and stores that nobody else has seen."""
 
     def __init__(self, program, number):
-        self.program, self.registers, self.stores = program, {}, {}
+        self.program, self.registers, self.stores, self.clock = program, {}, {}, Clock()
         self.at, self.alive, self.waits = np.zeros(WARP, int), np.ones(WARP, bool), False
         self.special = {
             "%tid.x": np.arange(WARP * number, WARP * (number + 1), dtype="u4"),
@@ -592,17 +668,27 @@ class Warp:
         launch = self.program.launch
         for here in sorted(set(self.at[self.alive].tolist())):
             lanes = self.alive & (self.at == here)
-            guard, run, together = launch.kernel.code[here]
-            if not together or (lanes == self.alive).all():
+            instruction = launch.kernel.code[here]
+            if not instruction.together or (lanes == self.alive).all():
                 break
         else:
             raise MachineError(f"lanes of a warp that wait for each other, some of them at {launch.kernel.text[here]}")
         self.at[lanes] = here + 1
-        if guard is not None:
-            lanes = lanes & guard(self)
+        is_atomic = instruction.kind.startswith(("atom", "red "))
+        if instruction.is_first or is_atomic:
+            self.clock.wait()
+        time = self.clock.issue(instruction)
+        run = instruction.run
+        if isinstance(run, tuple) or is_atomic:
+            self.clock.wait()
+        if instruction.guard is not None:
+            lanes = lanes & instruction.guard(self)
         if not lanes.any():
             return
+        if instruction.kind in ("st global", "atom global", "red global"):
+            self.program.stored_first = min(self.program.stored_first, time)
         if not isinstance(run, tuple):
+            self.clock.finish(instruction, time)
             try:
                 run(self, lanes)
             except MachineError as error:
@@ -665,6 +751,18 @@ class Warp:
     def write_shared(self, address, size, value):
         self.program.shared[address : address + size].view(unsigned(size))[0] = value
 
+    def order(self, addresses, releases, acquires, targets):
+        """The time of an atomic: it is on its way when stores are over, if it releases, and there after the others."""
+        clock, words = self.clock, self.program.launch.words
+        if releases:
+            clock.now = max(clock.now, clock.stored + 1)
+        for address in addresses:
+            words[address] = max(words.get(address, 0), clock.now)
+        ready = max(words[address] for address in addresses) + 1
+        for target in targets:
+            clock.ready[target] = ready
+        clock.latest = clock.now = ready if acquires else clock.now
+
     def release(self):
         self.program.publish(self.stores)
         self.program.publish(self.program.stores)
@@ -677,7 +775,7 @@ class Program:
     """Warps with a shared memory, on one multiprocessor."""
 
     def __init__(self, launch, number, shared):
-        self.launch, self.number, self.stores = launch, number, {}
+        self.launch, self.number, self.stores, self.stored_first = launch, number, {}, math.inf
         self.shared, self.cache = np.full(shared, 0xCD, np.uint8), launch.rng.choice(launch.caches)
         self.warps = [Warp(self, i) for i in range(launch.kernel.threads // WARP)]
 
@@ -697,6 +795,9 @@ class Program:
     def open_barrier(self):
         """Let the warps go on if all have come."""
         if all(warp.waits or not warp.alive.any() for warp in self.warps):
+            waiting = [warp.clock for warp in self.warps if warp.waits]
+            if waiting:
+                Clock.meet(waiting)
             for warp in self.warps:
                 self.stores.update(warp.stores)
                 warp.stores.clear()
@@ -713,10 +814,16 @@ class Launch:
         shared: bytes of shared memory.
         resident: how many programs run at a time, on two multiprocessors.
         seed: of their order.
+
+    Attributes:
+        finished: the time at which the last program is over, in round trips.
+        summed: that at which the last program has begun to store.
     """
 
     def __init__(self, kernel, programs, arguments, tensors, shared, *, resident=4, seed=0, burst=12):
         self.kernel, self.rng, self.memory, self.caches = kernel, random.Random(seed), Memory(), [{}, {}]
+        self.finished = self.summed = 0
+        self.words = {}  # of atomics: when the last one set out
         for tensor in (*arguments, *tensors):
             self.memory.add(tensor)
         addresses = [a.data_ptr() for a in arguments]
@@ -745,6 +852,9 @@ class Launch:
             if not any(warp.alive.any() for warp in program.warps):
                 running.remove(program)
                 over.append(program)
+                self.finished = max(self.finished, *(warp.clock.latest for warp in program.warps), 0)
+                if program.stored_first < math.inf:
+                    self.summed = max(self.summed, program.stored_first)
         self.rng.shuffle(over)
         for program in over:
             for warp in program.warps:

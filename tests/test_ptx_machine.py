@@ -110,3 +110,57 @@ def test_an_atomic_comes_after_the_store_of_its_own_warp():
 def test_what_it_cannot_do_is_named(text):
     with pytest.raises(MachineError, match=text.split()[0]):
         run(text, torch.zeros(32), torch.zeros(32))
+
+
+def times(*instructions, programs=1):
+    """When a launch has begun to store, and is over; the tensors hold addresses of themselves."""
+    x = torch.zeros(32, dtype=torch.int64)
+    x += x.data_ptr()
+    launch = run("\n".join(instructions), x, torch.zeros(64, dtype=torch.int64), programs)
+    return launch.summed, launch.finished
+
+
+FOLLOW = "ld.global.b64 %rd1, [%rd1];"
+STORE = "st.global.b64 [%rd5], %rd1;"
+
+
+def test_the_clock_counts_loads_that_wait_for_each_other():
+    assert times(*[FOLLOW] * 5, STORE) == (5, 5)
+    # of two chains, the longer one, whatever the order they are written in
+    assert times(*["ld.global.b64 %rd8, [%rd2];", FOLLOW] * 5, STORE) == (5, 5)
+    assert times(*(f"ld.global.b64 %rd{i}, [%rd1];" for i in range(6, 12)), "add.s64 %rd1, %rd6, %rd11;", STORE) == (
+        1,
+        1,
+    )
+    # what is not used is not waited for
+    assert times("ld.global.b64 %rd8, [%rd1];") == (0, 0)
+
+
+LOOP = ("mov.b32 %r2, 0;", "$loop:", "{}", "add.s32 %r2, %r2, 1;", "setp.lt.s32 %p1, %r2, 7;", "@%p1 bra $loop;")
+
+
+def test_the_clock_counts_turns_of_a_loop():
+    text = "\n".join(LOOP)
+    assert times(text.format("ld.global.b64 %rd8, [%rd1]; add.s64 %rd9, %rd9, %rd8;")) == (0, 7)
+    # used a turn later: two of them on their way at a time
+    assert times(text.format("add.s64 %rd9, %rd9, %rd8; ld.global.b64 %rd8, [%rd1];")) == (0, 3)
+    assert times(text.format("ld.global.b64 %rd8, [%rd1];")) == (0, 0)
+
+
+def test_the_clock_waits_for_other_programs():
+    """At an atomic that releases a store the warp waits for the store, and then for its own answer."""
+    count = "atom.global.gpu.{}.add.u32 %r5, [%rd2 + 256], 1;"
+    assert times(FOLLOW, STORE, count.format("acq_rel")) == (1, 3)
+    assert times(FOLLOW, STORE, count.format("relaxed")) == (1, 1)
+    assert times(FOLLOW, STORE, count.format("relaxed"), "mov.b32 %r6, %r5;") == (1, 2)
+    # all set out at once
+    assert times(STORE, count.format("acq_rel"), programs=5) == (0, 2)
+    # whoever comes last comes after the program that had to load
+    first = "mov.b32 %r9, %ctaid.x; setp.eq.s32 %p1, %r9, 0; @!%p1 bra $on;"
+    last = "$on: atom.global.gpu.acq_rel.add.u32 %r5, [%rd2 + 256], 1;"
+    assert times(first, *[FOLLOW] * 5, STORE, last, programs=2) == (5, 7)
+
+
+def test_the_clock_of_a_shared_memory():
+    """What was stored there is ready when it was, by registers of other names too."""
+    assert times(FOLLOW, "st.shared.b64 [%r9], %rd1; ld.shared.b64 %rd8, [%r9]; st.global.b64 [%rd5], %rd8;") == (1, 1)
