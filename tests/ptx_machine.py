@@ -67,6 +67,7 @@ class Instruction(NamedTuple):
     sources: tuple[str, ...]  # registers
     targets: tuple[str, ...]
     is_first: bool  # of what is scheduled together
+    is_atomic: bool
 
     @classmethod
     def of(cls, guard, run, name, suffixes, arguments, is_first, guard_text):
@@ -74,7 +75,7 @@ class Instruction(NamedTuple):
         has_target = name not in ("st", "red", "bra", "bar", "ret")
         texts = arguments[:has_target], (guard_text or "", *arguments[has_target:])
         targets, sources = (tuple(dict.fromkeys(re.findall(r"%[a-z]+\d+", " ".join(t)))) for t in texts)
-        return cls(guard, run, name in TOGETHER, f"{name} {place}", sources, targets, is_first)
+        return cls(guard, run, name in TOGETHER, f"{name} {place}", sources, targets, is_first, name in ("atom", "red"))
 
 
 class Memory:
@@ -610,8 +611,11 @@ class Clock:
         self.stored, self.stored_shared = -1, 0  # the last store
 
     def issue(self, instruction):
-        ready = self.ready
-        time = max([self.now, *(ready[s] for s in instruction.sources if s in ready)])
+        time = self.now
+        for source in instruction.sources:
+            ready = self.ready.get(source, 0)
+            if ready > time:
+                time = ready
         if instruction.kind.endswith("shared"):
             time = max(time, self.stored_shared)
         if time > self.latest:
@@ -647,7 +651,9 @@ class Warp:
 
     def __init__(self, program, number):
         self.program, self.registers, self.stores, self.clock = program, {}, {}, Clock()
-        self.at, self.alive, self.waits = np.zeros(WARP, int), np.ones(WARP, bool), False
+        self.alive, self.waits, self.over = np.ones(WARP, bool), False, False
+        # the place of all lanes, or None where each has its own
+        self.here, self.at = 0, np.zeros(WARP, int)
         self.special = {
             "%tid.x": np.arange(WARP * number, WARP * (number + 1), dtype="u4"),
             "%ctaid.x": np.full(WARP, program.number, "u4"),
@@ -661,30 +667,44 @@ class Warp:
 
     @property
     def can_run(self):
-        return not self.waits and self.alive.any()
+        return not self.waits and not self.over
 
-    def step(self):
-        """The next instruction of the lanes that are furthest behind and need not wait."""
-        launch = self.program.launch
+    def next(self):
+        """The lanes that are furthest behind and need not wait, and their place."""
+        if self.here is not None:
+            return self.here, self.alive
+        kernel = self.program.launch.kernel
         for here in sorted(set(self.at[self.alive].tolist())):
             lanes = self.alive & (self.at == here)
-            instruction = launch.kernel.code[here]
-            if not instruction.together or (lanes == self.alive).all():
-                break
+            if not kernel.code[here].together or (lanes == self.alive).all():
+                return here, lanes
+        raise MachineError(f"lanes of a warp that wait for each other, some of them at {kernel.text[here]}")
+
+    def go(self, lanes, place):
+        if lanes is self.alive or (lanes == self.alive).all():
+            self.here = place
         else:
-            raise MachineError(f"lanes of a warp that wait for each other, some of them at {launch.kernel.text[here]}")
-        self.at[lanes] = here + 1
-        is_atomic = instruction.kind.startswith(("atom", "red "))
-        if instruction.is_first or is_atomic:
+            if self.here is not None:
+                self.at[:] = self.here
+            self.here = None
+            self.at[lanes] = place
+
+    def step(self):
+        """The next instruction of some lanes."""
+        launch = self.program.launch
+        here, lanes = self.next()
+        instruction = launch.kernel.code[here]
+        self.go(lanes, here + 1)
+        if instruction.is_first or instruction.is_atomic:
             self.clock.wait()
         time = self.clock.issue(instruction)
         run = instruction.run
-        if isinstance(run, tuple) or is_atomic:
+        if isinstance(run, tuple) or instruction.is_atomic:
             self.clock.wait()
         if instruction.guard is not None:
             lanes = lanes & instruction.guard(self)
-        if not lanes.any():
-            return
+            if not lanes.any():
+                return
         if instruction.kind in ("st global", "atom global", "red global"):
             self.program.stored_first = min(self.program.stored_first, time)
         if not isinstance(run, tuple):
@@ -696,9 +716,10 @@ class Warp:
             return
         what, label = run
         if what == "branch":
-            self.at[lanes] = launch.kernel.labels[label]
+            self.go(lanes, launch.kernel.labels[label])
         elif what == "exit":
-            self.alive &= ~lanes
+            self.alive = self.alive & ~lanes
+            self.over = not self.alive.any()
         else:
             self.waits = True
 
@@ -725,7 +746,9 @@ class Warp:
 
     def read(self, address, size):
         value = self.pending(address, size)
-        return int(self.program.launch.memory.at(address, size).view(unsigned(size))[0]) if value is None else value
+        return (
+            int.from_bytes(self.program.launch.memory.at(address, size).tobytes(), "little") if value is None else value
+        )
 
     def read_cached(self, address, size):
         value = self.pending(address, size)
@@ -746,7 +769,7 @@ class Warp:
         self.stores[address] = (size, value)
 
     def read_shared(self, address, size):
-        return int(self.program.shared[address : address + size].view(unsigned(size))[0])
+        return int.from_bytes(self.program.shared[address : address + size].tobytes(), "little")
 
     def write_shared(self, address, size, value):
         self.program.shared[address : address + size].view(unsigned(size))[0] = value
@@ -794,7 +817,7 @@ class Program:
 
     def open_barrier(self):
         """Let the warps go on if all have come."""
-        if all(warp.waits or not warp.alive.any() for warp in self.warps):
+        if all(warp.waits or warp.over for warp in self.warps):
             waiting = [warp.clock for warp in self.warps if warp.waits]
             if waiting:
                 Clock.meet(waiting)
@@ -849,12 +872,15 @@ class Launch:
                     if warp.can_run:
                         warp.step()
             program.open_barrier()
-            if not any(warp.alive.any() for warp in program.warps):
+            if all(warp.over for warp in program.warps):
                 running.remove(program)
                 over.append(program)
                 self.finished = max(self.finished, *(warp.clock.latest for warp in program.warps), 0)
                 if program.stored_first < math.inf:
                     self.summed = max(self.summed, program.stored_first)
+                for warp in program.warps:
+                    warp.registers.clear()
+                    warp.clock.ready.clear()
         self.rng.shuffle(over)
         for program in over:
             for warp in program.warps:
