@@ -869,8 +869,9 @@ class Launch:
             if able:
                 warp = self.rng.choice(able)
                 for _ in range(self.rng.randint(1, self.burst)):
-                    if warp.can_run:
-                        warp.step()
+                    if not warp.can_run:
+                        break
+                    warp.step()
             program.open_barrier()
             if all(warp.over for warp in program.warps):
                 running.remove(program)
