@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
 
 from ahead_of_time import TARGETS, Specialisation, compiled  # noqa: E402
 from gpu import NETS, build  # noqa: E402
+from triton_tail import tail_table  # noqa: E402
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup  # noqa: E402
 from cbp_fast.triton_backend import _Step, meta_of  # noqa: E402
@@ -139,7 +140,7 @@ if __name__ == "__main__":
         + "\n\nThe loads are those in the code, not those that run.\n\nOne step of `nature`, by the kernel's tables; "
         "the last column is an **estimate**, not a measurement: the first one at the 3.35 TB/s of an H100.\n\n"
         + table([*columns.split(","), "floor on an H100 (estimate)"], moved)
-        + "\n"
+        + f"\n\n## After the last byte\n\n{tail_table()}\n"
     )
     (HERE / "results" / "triton_targets.md").write_text(text)
     print(text)

@@ -6,11 +6,22 @@ device's memory, at their own addresses, and an access outside them, or not alig
 What a warp stores is seen by that warp at once, by its program after a barrier, and by other programs after a release
 by a warp of that program, or when the launch is over. A plain load may see what its multiprocessor's first cache holds
 of an earlier time, until a warp there acquires; `.cg` looks past it. Every operation rounds by itself.
+
+A clock counts round trips to global memory that wait for each other. All programs start at 0. Between labels, branches,
+barriers and atomics, instructions are taken as perfectly scheduled: each issues as soon as its registers are ready; a
+global load is ready one trip later, all else at once. A warp goes on from there when the last of them has issued, so it
+has waited for what was used, and not for what was only loaded. An atomic takes a trip from when it and those before it
+on its word have set out, and one that releases sets out a trip after the last store. Caches, bandwidth and how many
+atomics one word can take count for nothing.
 """
 
 import ctypes
+import math
 import random
 import re
+from bisect import bisect_right
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +33,7 @@ TYPES = {
 }
 REGISTERS = {"p": np.dtype(bool), "rs": np.dtype("u2"), "r": np.dtype("u4"), "rd": np.dtype("u8")}
 # what all lanes of a warp do at once; those that come first wait
-TOGETHER = ("bar", "shfl", "redux", "ldmatrix")
+TOGETHER = ("bar", "shfl", "vote", "redux", "ldmatrix")
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -46,6 +57,27 @@ def unsigned(size):
     return np.dtype(f"u{size}")
 
 
+class Instruction(NamedTuple):
+    """What the machine does with one, and what its clock needs to know."""
+
+    guard: object  # a function of a warp, or None
+    run: object  # a function of a warp and the lanes that run, or what changes their course
+    together: bool
+    kind: str  # name and memory: "ld global"
+    sources: tuple[str, ...]  # registers
+    targets: tuple[str, ...]
+    is_first: bool  # of what is scheduled together
+    is_atomic: bool
+
+    @classmethod
+    def of(cls, guard, run, name, suffixes, arguments, is_first, guard_text):
+        place = next((s.split("::")[0] for s in suffixes if s.startswith(("global", "shared"))), "")
+        has_target = name not in ("st", "red", "bra", "bar", "ret")
+        texts = arguments[:has_target], (guard_text or "", *arguments[has_target:])
+        targets, sources = (tuple(dict.fromkeys(re.findall(r"%[a-z]+\d+", " ".join(t)))) for t in texts)
+        return cls(guard, run, name in TOGETHER, f"{name} {place}", sources, targets, is_first, name in ("atom", "red"))
+
+
 class Memory:
     """Bytes of tensors at their own addresses."""
 
@@ -63,7 +95,7 @@ class Memory:
 
     def at(self, address, size):
         """The `size` bytes at an address, as a view."""
-        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        place = bisect_right(self.bases, address) - 1
         offset = address - self.bases[place] if place >= 0 else -1
         if offset < 0 or offset + size > len(self.buffers[place]):
             raise MachineError(f"{size} bytes at {address:#x} are in no tensor")
@@ -74,7 +106,7 @@ class Memory:
     def line(self, address):
         """What there is of a cache line, by address."""
         first = address // LINE * LINE
-        place = int(np.searchsorted(self.bases, address, "right")) - 1
+        place = bisect_right(self.bases, address) - 1
         base, buffer = self.bases[place], self.buffers[place]
         low, high = max(first, base), min(first + LINE, base + len(buffer))
         return low, bytearray(buffer[low - base : high - base].tobytes())
@@ -103,6 +135,46 @@ def _extreme(function, float_function):
     return lambda a, b: (float_function if a.dtype.kind == "f" else function)(a, b)
 
 
+def _bits(values):
+    """Bits of each value, the lowest first."""
+    bits = np.unpackbits(np.ascontiguousarray(values).view(np.uint8), bitorder="little")
+    return bits.reshape(len(values), 8 * values.dtype.itemsize).astype(bool)
+
+
+def _highest(values, dtype):
+    """Place of the highest bit that is set, or, of a negative value, that is not; -1 where there is none."""
+    values = np.where(values < 0, ~values, values) if dtype.kind == "i" else values
+    places = np.arange(8 * dtype.itemsize)
+    return np.where(_bits(values), places, -1).max(1)
+
+
+def _fused(a, b, c):
+    """a * b + c, rounded once."""
+    result = a * b + c
+    for i in np.flatnonzero(np.isfinite(result)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        if exact:
+            # rounded twice for float32, which may be off by one; of two that are as near, the even one is right
+            x = a.dtype.type(float(exact))
+            around = [x, *(np.nextafter(x, x.dtype.type(end)) for end in (-np.inf, np.inf))]
+            around = [y for y in around if np.isfinite(y)]
+            result[i] = min(around, key=lambda y: (abs(Fraction(float(y)) - exact), y.view(unsigned(y.itemsize)) & 1))
+    return result
+
+
+# what an atomic makes of what there is and its operands
+ATOMIC = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, new: new,
+    "cas": lambda old, expected, new: new if old == expected else old,
+}
+REDUCTIONS = {name: ATOMIC[name] for name in ("add", "min", "max", "and", "or", "xor")}
+
 ELEMENTWISE = {
     "add": np.add,
     "sub": np.subtract,
@@ -120,6 +192,8 @@ ELEMENTWISE = {
     "abs": np.abs,
     "sqrt": np.sqrt,
     "mov": lambda a: a,
+    "fma": _fused,
+    "copysign": lambda a, b: np.copysign(b, a),
 }
 ROUNDINGS = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
 
@@ -142,17 +216,22 @@ class Assembler:
                 self.labels[statement[:-1]] = len(self.text)
             elif statement and not statement.startswith("."):
                 self.text.append(statement)
-        self.code = [self.instruction(statement) for statement in self.text]
+        firsts = set(self.labels.values())
+        self.code = [self.instruction(statement, i in firsts) for i, statement in enumerate(self.text)]
 
-    def instruction(self, statement):
+    def instruction(self, statement, is_first):
         guard, opcode, rest = re.match(r"(?:@(!?%p\d+)\s+)?(\S+)\s*(.*)", statement).groups()
         name, *suffixes = opcode.split(".")
         make = getattr(self, f"make_{name}", None)
         arguments = operands(rest)
         if make is None and name not in ELEMENTWISE:
             raise MachineError(f"unknown instruction: {statement}")
-        run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
-        return (self.value(guard, TYPES["pred"]) if guard else None), run, name in TOGETHER
+        try:
+            run = make(suffixes, arguments) if make else self.elementwise(name, suffixes, arguments)
+        except KeyError as error:
+            raise MachineError(f"unknown instruction, by {error}: {statement}") from None
+        predicate = self.value(guard, TYPES["pred"]) if guard else None
+        return Instruction.of(predicate, run, name, suffixes, arguments, is_first, guard)
 
     def value(self, text, dtype):
         """A function of a warp: the operand in all its lanes."""
@@ -270,6 +349,56 @@ class Assembler:
 
         return run
 
+    def make_popc(self, suffixes, arguments):
+        return self.counted(suffixes, arguments, lambda x, dtype: _bits(x).sum(1))
+
+    def make_clz(self, suffixes, arguments):
+        return self.counted(suffixes, arguments, lambda x, dtype: 8 * dtype.itemsize - 1 - _highest(x, dtype))
+
+    def make_bfind(self, suffixes, arguments):
+        if "shiftamt" in suffixes:
+            raise KeyError("shiftamt")
+        return self.counted(suffixes, arguments, _highest)
+
+    def counted(self, suffixes, arguments, function):
+        """A 32-bit number from the bits of a value."""
+        dtype = TYPES[suffixes[-1]]
+        get, put = self.value(arguments[1], dtype), self.setter(arguments[0])
+        return lambda warp, lanes: put(warp, lanes, function(get(warp), dtype).astype("i4"))
+
+    def make_prmt(self, suffixes, arguments):
+        """Each byte of the result by four bits of the selector: one of the eight of both values, or its sign."""
+        if suffixes != ["b32"]:
+            raise KeyError(suffixes[-1])
+        gets, put = [self.value(a, TYPES["u32"]) for a in arguments[1:]], self.setter(arguments[0])
+
+        def run(warp, lanes):
+            a, b, selector = (get(warp) for get in gets)
+            source = np.stack([a, b], 1).view(np.uint8).reshape(WARP, 8)
+            picks = selector[:, None] >> np.arange(0, 16, 4, dtype="u4") & 15
+            byte = np.take_along_axis(source, (picks & 7).astype(int), 1)
+            byte = np.where(picks & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint8)
+            put(warp, lanes, np.ascontiguousarray(byte).view("u4").reshape(WARP))
+
+        return run
+
+    def make_lop3(self, suffixes, arguments):
+        """Bit n of the table is the result for the bits a, b, c of n = 4 a + 2 b + c."""
+        if suffixes != ["b32"]:
+            raise KeyError(suffixes[0])
+        gets, put = [self.value(a, TYPES["u32"]) for a in arguments[1:4]], self.setter(arguments[0])
+        table = int(arguments[4], 0)
+
+        def run(warp, lanes):
+            values, result = [get(warp) for get in gets], np.zeros(WARP, "u4")
+            for n in range(8):
+                if table >> n & 1:
+                    a, b, c = (x if n >> 2 - i & 1 else ~x for i, x in enumerate(values))
+                    result |= a & b & c
+            put(warp, lanes, result)
+
+        return run
+
     def make_selp(self, suffixes, arguments):
         dtype = TYPES[suffixes[-1]]
         a, b = (self.value(text, dtype) for text in arguments[1:3])
@@ -277,24 +406,29 @@ class Assembler:
         return lambda warp, lanes: put(warp, lanes, np.where(which(warp), a(warp), b(warp)))
 
     def make_setp(self, suffixes, arguments):
+        if len(suffixes) > 2 or "|" in arguments[0]:
+            raise KeyError(".".join(suffixes))
         comparison, dtype = suffixes[0], TYPES[suffixes[-1]]
         a, b = (self.value(text, dtype) for text in arguments[1:3])
         put = self.setter(arguments[0])
         with_nan = dtype.kind == "f" and comparison[-1] == "u"
-        compare = COMPARISONS[comparison[:-1] if with_nan else comparison]
+        compare = np.not_equal if comparison == "nan" else COMPARISONS[comparison[:-1] if with_nan else comparison]
 
         def run(warp, lanes):
             x, y = a(warp), b(warp)
             result = compare(x, y)
             if dtype.kind == "f":
                 unordered = np.isnan(x) | np.isnan(y)
-                result = result | unordered if with_nan else result & ~unordered
+                result = unordered if comparison == "nan" else result | unordered if with_nan else result & ~unordered
             put(warp, lanes, result)
 
         return run
 
     def make_cvt(self, suffixes, arguments):
         target, source = (TYPES[s] for s in suffixes[-2:])
+        for s in suffixes[:-2]:
+            if s not in ("rn", *ROUNDINGS):
+                raise KeyError(s)
         rounding = ROUNDINGS.get(suffixes[0])
         get, put = self.value(arguments[1], source), self.setter(arguments[0])
 
@@ -362,32 +496,40 @@ class Assembler:
         return run
 
     def make_atom(self, suffixes, arguments):
-        if "add" not in suffixes or suffixes[-1] != "u32":
-            raise MachineError(f"unknown atomic: {'.'.join(suffixes)}")
-        put, amount = self.setter(arguments[0]), self.value(arguments[2], TYPES["u32"])
-        is_global, orders = "global" in suffixes, "acq_rel" in suffixes
-        address = self.address(arguments[1], is_global)
+        function, dtype, is_global = ATOMIC[suffixes[-2]], TYPES[suffixes[-1]], "global" in suffixes
+        if not is_global and not {"shared", "shared::cta"} & set(suffixes):
+            raise KeyError(".".join(suffixes))
+        releases = {"acq_rel", "release"} & set(suffixes)
+        acquires = {"acq_rel", "acquire"} & set(suffixes)
+        put, address = self.setter(arguments[0]), self.address(arguments[1], is_global)
+        gets = [self.value(a, dtype) for a in arguments[2:]]
+        registers = re.findall(r"%[a-z]+\d+", arguments[0])
 
         def run(warp, lanes):
-            if orders:
+            if is_global:
+                warp.order(address(warp, lanes), releases, acquires, registers)
+            if releases:
                 warp.release()
-            before = np.zeros(WARP, "u4")
+            before, values = np.zeros(WARP, dtype), [get(warp) for get in gets]
             # lanes in any order, as the memory takes them
             which = np.flatnonzero(lanes)
             starts = dict(zip(which.tolist(), address(warp, lanes), strict=True))
             warp.program.launch.rng.shuffle(which)
             for lane in which.tolist():
-                place = warp.strong(starts[lane]) if is_global else warp.program.shared[starts[lane] : starts[lane] + 4]
-                before[lane] = place.view("u4")[0]
-                place.view("u4")[0] = (int(before[lane]) + int(amount(warp)[lane])) & 0xFFFFFFFF
-            if orders:
+                place = (warp.strong if is_global else warp.program.at_shared)(starts[lane], dtype.itemsize).view(dtype)
+                before[lane] = place[0]
+                place[0] = function(before[lane], *(x[lane] for x in values))
+            if acquires:
                 warp.acquire()
             put(warp, lanes, before)
 
         return run
 
+    def make_red(self, suffixes, arguments):
+        return self.make_atom(suffixes, ["_", *arguments])
+
     def make_shfl(self, suffixes, arguments):
-        mode, put = suffixes[1], self.setter(arguments[0])
+        mode, (put, *puts) = suffixes[1], [self.setter(text) for text in arguments[0].split("|")]
         get, b, c = (self.value(a, TYPES["u32"]) for a in arguments[1:4])
         lane = np.arange(WARP)
 
@@ -402,13 +544,34 @@ class Assembler:
                 other = {"bfly": lane ^ step, "down": lane + step, "idx": first | step & ~segment}[mode]
                 inside = other <= last
             put(warp, lanes, x[np.where(inside, other, lane)])
+            for put_inside in puts:
+                put_inside(warp, lanes, inside)
+
+        return run
+
+    def make_vote(self, suffixes, arguments):
+        """What the lanes say together, to all of them: a mask of those that say yes, or whether any or all do."""
+        function = {
+            "ballot": lambda yes, asked: sum(1 << i for i in np.flatnonzero(yes & asked).tolist()),
+            "any": lambda yes, asked: (yes & asked).any(),
+            "all": lambda yes, asked: (yes | ~asked).all(),
+        }[suffixes[1]]
+        put, get, members = (
+            self.setter(arguments[0]),
+            self.value(arguments[1], TYPES["pred"]),
+            self.value(arguments[2], TYPES["u32"]),
+        )
+
+        def run(warp, lanes):
+            asked = lanes & (members(warp) >> np.arange(WARP, dtype="u4") & 1).astype(bool)
+            put(warp, lanes, np.full(WARP, function(get(warp), asked), TYPES[suffixes[-1]]))
 
         return run
 
     def make_redux(self, suffixes, arguments):
         dtype, put = TYPES[suffixes[-1]], self.setter(arguments[0])
         function, get = (
-            {"add": np.add, "min": np.minimum, "max": np.maximum}[suffixes[1]],
+            REDUCTIONS[suffixes[1]],
             self.value(arguments[1], dtype),
         )
 
@@ -439,12 +602,58 @@ def check_vector(addresses, size):
             raise MachineError(f"{size} bytes at {a:#x} are not aligned")
 
 
+class Clock:
+    """When the instructions of one warp issue."""
+
+    def __init__(self):
+        self.now = self.latest = 0  # of what is scheduled together: the start, and the last issue so far
+        self.ready = {}  # by register
+        self.stored, self.stored_shared = -1, 0  # the last store
+
+    def issue(self, instruction):
+        time = self.now
+        for source in instruction.sources:
+            ready = self.ready.get(source, 0)
+            if ready > time:
+                time = ready
+        if instruction.kind.endswith("shared"):
+            time = max(time, self.stored_shared)
+        if time > self.latest:
+            self.latest = time
+        return time
+
+    def finish(self, instruction, time):
+        """Its results are on their way."""
+        if instruction.kind == "st global":
+            self.stored = max(self.stored, time)
+        elif instruction.kind == "st shared":
+            self.stored_shared = max(self.stored_shared, time)
+        elif instruction.kind == "ld global":
+            time += 1
+        for target in instruction.targets:
+            self.ready[target] = time
+
+    def wait(self):
+        """For everything that has been used so far."""
+        self.now = self.latest
+
+    @staticmethod
+    def meet(clocks):
+        """A barrier."""
+        time, stored = max(c.latest for c in clocks), max(c.stored for c in clocks)
+        for clock in clocks:
+            clock.now = clock.latest = time
+            clock.stored = stored
+
+
 class Warp:
     """32 threads: registers, a place in the code for each, and stores that nobody else has seen."""
 
     def __init__(self, program, number):
-        self.program, self.registers, self.stores = program, {}, {}
-        self.at, self.alive, self.waits = np.zeros(WARP, int), np.ones(WARP, bool), False
+        self.program, self.registers, self.stores, self.clock = program, {}, {}, Clock()
+        self.alive, self.waits, self.over = np.ones(WARP, bool), False, False
+        # the place of all lanes, or None where each has its own
+        self.here, self.at = 0, np.zeros(WARP, int)
         self.special = {
             "%tid.x": np.arange(WARP * number, WARP * (number + 1), dtype="u4"),
             "%ctaid.x": np.full(WARP, program.number, "u4"),
@@ -458,24 +667,48 @@ class Warp:
 
     @property
     def can_run(self):
-        return not self.waits and self.alive.any()
+        return not self.waits and not self.over
 
-    def step(self):
-        """The next instruction of the lanes that are furthest behind and need not wait."""
-        launch = self.program.launch
+    def next(self):
+        """The lanes that are furthest behind and need not wait, and their place."""
+        if self.here is not None:
+            return self.here, self.alive
+        kernel = self.program.launch.kernel
         for here in sorted(set(self.at[self.alive].tolist())):
             lanes = self.alive & (self.at == here)
-            guard, run, together = launch.kernel.code[here]
-            if not together or (lanes == self.alive).all():
-                break
+            if not kernel.code[here].together or (lanes == self.alive).all():
+                return here, lanes
+        raise MachineError(f"lanes of a warp that wait for each other, some of them at {kernel.text[here]}")
+
+    def go(self, lanes, place):
+        if lanes is self.alive or (lanes == self.alive).all():
+            self.here = place
         else:
-            raise MachineError(f"lanes of a warp that wait for each other, some of them at {launch.kernel.text[here]}")
-        self.at[lanes] = here + 1
-        if guard is not None:
-            lanes = lanes & guard(self)
-        if not lanes.any():
-            return
+            if self.here is not None:
+                self.at[:] = self.here
+            self.here = None
+            self.at[lanes] = place
+
+    def step(self):
+        """The next instruction of some lanes."""
+        launch = self.program.launch
+        here, lanes = self.next()
+        instruction = launch.kernel.code[here]
+        self.go(lanes, here + 1)
+        if instruction.is_first or instruction.is_atomic:
+            self.clock.wait()
+        time = self.clock.issue(instruction)
+        run = instruction.run
+        if isinstance(run, tuple) or instruction.is_atomic:
+            self.clock.wait()
+        if instruction.guard is not None:
+            lanes = lanes & instruction.guard(self)
+            if not lanes.any():
+                return
+        if instruction.kind in ("st global", "atom global", "red global"):
+            self.program.stored_first = min(self.program.stored_first, time)
         if not isinstance(run, tuple):
+            self.clock.finish(instruction, time)
             try:
                 run(self, lanes)
             except MachineError as error:
@@ -483,19 +716,25 @@ class Warp:
             return
         what, label = run
         if what == "branch":
-            self.at[lanes] = launch.kernel.labels[label]
+            self.go(lanes, launch.kernel.labels[label])
         elif what == "exit":
-            self.alive &= ~lanes
+            self.alive = self.alive & ~lanes
+            self.over = not self.alive.any()
         else:
             self.waits = True
 
     # memory
 
-    def strong(self, address):
+    def strong(self, address, size):
         """The memory itself; every first cache forgets what it has of it."""
+        self.pending(address, size)
+        # what this warp has stored there comes first
+        for stores in (self.program.stores, self.stores):
+            if address in stores:
+                self.program.publish({address: stores.pop(address)})
         for cache in self.program.launch.caches:
             cache.pop(address // LINE, None)
-        return self.program.launch.memory.at(address, 4)
+        return self.program.launch.memory.at(address, size)
 
     def pending(self, address, size):
         for stores in (self.stores, self.program.stores):
@@ -507,7 +746,9 @@ class Warp:
 
     def read(self, address, size):
         value = self.pending(address, size)
-        return int(self.program.launch.memory.at(address, size).view(unsigned(size))[0]) if value is None else value
+        return (
+            int.from_bytes(self.program.launch.memory.at(address, size).tobytes(), "little") if value is None else value
+        )
 
     def read_cached(self, address, size):
         value = self.pending(address, size)
@@ -528,10 +769,22 @@ class Warp:
         self.stores[address] = (size, value)
 
     def read_shared(self, address, size):
-        return int(self.program.shared[address : address + size].view(unsigned(size))[0])
+        return int.from_bytes(self.program.shared[address : address + size].tobytes(), "little")
 
     def write_shared(self, address, size, value):
         self.program.shared[address : address + size].view(unsigned(size))[0] = value
+
+    def order(self, addresses, releases, acquires, targets):
+        """The time of an atomic: it is on its way when stores are over, if it releases, and there after the others."""
+        clock, words = self.clock, self.program.launch.words
+        if releases:
+            clock.now = max(clock.now, clock.stored + 1)
+        for address in addresses:
+            words[address] = max(words.get(address, 0), clock.now)
+        ready = max(words[address] for address in addresses) + 1
+        for target in targets:
+            clock.ready[target] = ready
+        clock.latest = clock.now = ready if acquires else clock.now
 
     def release(self):
         self.program.publish(self.stores)
@@ -545,9 +798,12 @@ class Program:
     """Warps with a shared memory, on one multiprocessor."""
 
     def __init__(self, launch, number, shared):
-        self.launch, self.number, self.stores = launch, number, {}
+        self.launch, self.number, self.stores, self.stored_first = launch, number, {}, math.inf
         self.shared, self.cache = np.full(shared, 0xCD, np.uint8), launch.rng.choice(launch.caches)
         self.warps = [Warp(self, i) for i in range(launch.kernel.threads // WARP)]
+
+    def at_shared(self, address, size):
+        return self.shared[address : address + size]
 
     def publish(self, stores):
         """Put stores into memory, and into this multiprocessor's first cache where that has their line."""
@@ -561,7 +817,10 @@ class Program:
 
     def open_barrier(self):
         """Let the warps go on if all have come."""
-        if all(warp.waits or not warp.alive.any() for warp in self.warps):
+        if all(warp.waits or warp.over for warp in self.warps):
+            waiting = [warp.clock for warp in self.warps if warp.waits]
+            if waiting:
+                Clock.meet(waiting)
             for warp in self.warps:
                 self.stores.update(warp.stores)
                 warp.stores.clear()
@@ -578,10 +837,16 @@ class Launch:
         shared: bytes of shared memory.
         resident: how many programs run at a time, on two multiprocessors.
         seed: of their order.
+
+    Attributes:
+        finished: the time at which the last program is over, in round trips.
+        summed: that at which the last program has begun to store.
     """
 
     def __init__(self, kernel, programs, arguments, tensors, shared, *, resident=4, seed=0, burst=12):
         self.kernel, self.rng, self.memory, self.caches = kernel, random.Random(seed), Memory(), [{}, {}]
+        self.finished = self.summed = 0
+        self.words = {}  # of atomics: when the last one set out
         for tensor in (*arguments, *tensors):
             self.memory.add(tensor)
         addresses = [a.data_ptr() for a in arguments]
@@ -604,12 +869,19 @@ class Launch:
             if able:
                 warp = self.rng.choice(able)
                 for _ in range(self.rng.randint(1, self.burst)):
-                    if warp.can_run:
-                        warp.step()
+                    if not warp.can_run:
+                        break
+                    warp.step()
             program.open_barrier()
-            if not any(warp.alive.any() for warp in program.warps):
+            if all(warp.over for warp in program.warps):
                 running.remove(program)
                 over.append(program)
+                self.finished = max(self.finished, *(warp.clock.latest for warp in program.warps), 0)
+                if program.stored_first < math.inf:
+                    self.summed = max(self.summed, program.stored_first)
+                for warp in program.warps:
+                    warp.registers.clear()
+                    warp.clock.ready.clear()
         self.rng.shuffle(over)
         for program in over:
             for warp in program.warps:
