@@ -768,7 +768,10 @@ class _Step(_Plan):
             first_incoming += len(layout.incoming)
             first_block += blocks
             scratch += 8 * (2 * layout.num_units + 4 * blocks)
-        several = [n for g in ranked for b in range(_blocks_of(state)[g][1]) for n in (g, b)]
+        several: list[int] = []
+        for g in ranked:
+            blocks = -(-state.layouts[g].num_units // triton_kernels.RANKED.value)
+            several += [n for b in range(blocks) for n in (g, b)]
         self.readers, self.groups, self.incoming, self.ranked_blocks = upload(
             state.buffer.device, (readers, 64), (groups, 64), (incoming or [0], 64), (several or [0], 32)
         )
@@ -810,6 +813,11 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
             _launch(tables, plan, k.score, tables.every_block, rest, score_meta(meta))
         if plan.ranked:
             k.launch(k.rank, (plan.ranked,), (plan.ranked_blocks, plan.groups, tables.addresses, plan.workspace), {})
+    return chosen_of(state)
+
+
+def chosen_of(state: State) -> int:
+    """How many units were chosen, which nobody waits for on a device: -1 there."""
     return int(state.num_chosen.sum()) if state.buffer.is_cpu else -1
 
 

@@ -23,6 +23,8 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(tl.constexpr, range(4))
 WIDE, NARROW = tl.constexpr(128), tl.constexpr(16)
 # units that one program brings from sums to scores; of units of several columns fewer, so many columns at a time
 UNITS, FEWER_UNITS, POSITIONS = tl.constexpr(128), tl.constexpr(8), tl.constexpr(32)
+# units that one program of `rank` compares with all others
+RANKED = tl.constexpr(16)
 # blocks of units that the last program of a group looks at, and elements that one of `reinit` sets, at once
 BLOCK = tl.constexpr(256)
 # what `capture` and `select` sum: abs(x), x, or abs(x - hat)
@@ -254,7 +256,9 @@ def _tile_sums(job, address, block, split, hat, KIND: tl.constexpr, SUM: tl.cons
         above = (i + tl.load(job + J_FIRST)) // period
         at = above * tl.load(job + J_FAR) + (i + tl.load(job + J_FIRST) - above * period) * near
     if SUM == DISTANCES:
-        origin = tl.load(hat + i, i < outputs, 0).to(total.dtype)
+        # as the tile lies in registers: no change of layouts
+        places = tl.zeros(total.shape, tl.int32) + (i[:, None] if ALONG else i[None, :])
+        origin = tl.load(hat + places, places < outputs, 0).to(total.dtype)
     blocks = tl.cdiv(inner, REDUCED)
     steps = tl.load(job + J_STEPS)
     last = tl.minimum((split + 1) * steps, tl.load(job + J_OUTER) * blocks)
@@ -280,7 +284,7 @@ def _tile_sums(job, address, block, split, hat, KIND: tl.constexpr, SUM: tl.cons
             mask = (r < inner)[:, None] & (i < outputs)[None, :]
             value = _value(tl.load(x + (along[:, None] + at[None, :]), mask, 0), TYPE)
         if SUM == DISTANCES:
-            value = tl.where(mask, value - (origin[:, None] if ALONG else origin[None, :]), 0)
+            value = tl.where(mask, value - origin, 0)
         total += value if SUM == VALUES else tl.abs(value)
     return tl.sum(total, 1 if ALONG else 0)
 
@@ -790,26 +794,26 @@ def score(
 
 @triton.jit
 def rank(blocks_of, groups, addresses, workspace_tensor):
-    """chosen[number of lesser keys] = unit, for a block of units of a group that chooses more than MANY.
+    """chosen[number of lesser keys] = unit, for some units of a group that chooses more than MANY.
 
-    Compares each of a block's keys with all of the group's: 8 bytes a unit for each program.
+    Compares each of their keys with all of the group's: reads 8 bytes a unit of the group for each program.
 
     Args:
-        blocks_of, groups, addresses, workspace_tensor: as of `score`.
+        blocks_of: int32 [programs, 2], the group and which RANKED of its units.
+        groups, addresses, workspace_tensor: as of `select`.
     """
     row = blocks_of + tl.program_id(0).to(tl.int64) * 2
     g, b = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
     group = groups + g * GROUP
     k = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + g)
     if k > MANY:
-        units, width, first_unit = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_FIRST_UNIT)
+        units, first_unit = tl.load(group + G_UNITS), tl.load(group + G_FIRST_UNIT)
         keys = _pointer(workspace_tensor.to(tl.int64) + tl.load(group + G_KEYS), tl.int64)
-        j = b * width + tl.arange(0, UNITS)
-        inside = (tl.arange(0, UNITS) < width) & (j < units)
-        key = tl.load(keys + j, inside, NEVER)
-        lesser = tl.zeros([UNITS, 16], tl.int32)
-        for first in tl.range(0, units, 16, loop_unroll_factor=4):
-            i = first + tl.arange(0, 16)
+        j = b * RANKED + tl.arange(0, RANKED)
+        key = tl.load(keys + j, j < units, NEVER)
+        lesser = tl.zeros([RANKED, UNITS], tl.int32)
+        for first in tl.range(0, units, UNITS, loop_unroll_factor=4):
+            i = first + tl.arange(0, UNITS)
             other = tl.load(keys + i, i < units, NEVER)
             lesser += (other[None, :] < key[:, None]).to(tl.int32)
         place = tl.sum(lesser, 1)

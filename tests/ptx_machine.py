@@ -569,14 +569,18 @@ class Assembler:
         return run
 
     def make_redux(self, suffixes, arguments):
+        """Each lane gets the result of the lanes that its mask names."""
         dtype, put = TYPES[suffixes[-1]], self.setter(arguments[0])
-        function, get = (
-            REDUCTIONS[suffixes[1]],
-            self.value(arguments[1], dtype),
-        )
+        function, get = REDUCTIONS[suffixes[1]], self.value(arguments[1], dtype)
+        masks = self.value(arguments[2], TYPES["u32"])
 
         def run(warp, lanes):
-            put(warp, lanes, np.full(WARP, function.reduce(get(warp), dtype=dtype), dtype))
+            x, mine = get(warp), masks(warp)
+            result = np.empty(WARP, dtype)
+            for mask in set(mine.tolist()):
+                named = (mask >> np.arange(WARP) & 1).astype(bool)
+                result[mine == mask] = function.reduce(x[named], dtype=dtype)
+            put(warp, lanes, result)
 
         return run
 
