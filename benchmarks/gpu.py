@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from cbp_fast.bench import networks
 from cbp_fast.bench.step import compiled_select
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret or not torch.cuda.is_available() else "cuda"
+# gpu_ahead.py compiles what is launched here, and launches nothing
+AHEAD = bool(os.environ.get("CBP_FAST_COMPILE_FOR"))
 KERNELS = ("select", "score", "rank", "reinit", "capture", "hat", "transfer")
 
 
@@ -81,7 +84,7 @@ class Work(NamedTuple):
 def chain(net: Net) -> Work:
     """The nets above, with numbers in them."""
     layers, groups, held = build(net, DEVICE)
-    for tensor in (*(layer.weight.data for layer in layers), *held):
+    for tensor in () if AHEAD else (*(layer.weight.data for layer in layers), *held):
         tensor.normal_()
     return Work(nn.ModuleList(layers), groups, held)
 
@@ -152,6 +155,11 @@ class Fit:
         return time.monotonic() < self.end
 
 
+def often(number: int) -> int:
+    """So many times on a GPU, and once where nothing is measured."""
+    return number if DEVICE == "cuda" else 1
+
+
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -187,7 +195,7 @@ def seconds(step: Callable[[], None], repeats: int = 30) -> float:
 def wall(step: Callable[[], None], repeats: int) -> float:
     """Median seconds of one of so many steps in a row, on the host and the device."""
     times = []
-    for _ in range(3):
+    for _ in range(often(3)):
         synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -200,7 +208,7 @@ def wall(step: Callable[[], None], repeats: int) -> float:
 def host(step: Callable[[], None], repeats: int) -> float:
     """Least seconds of the host in one of so many steps in a row that nothing waits for."""
     times = []
-    for _ in range(3):
+    for _ in range(often(3)):
         synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -277,7 +285,7 @@ def nbytes(work: Work) -> int:
     return sum(t.nbytes for t in (*weights.values(), *work.held))
 
 
-def measure(net: Net, device: str = DEVICE) -> dict[str, float]:
+def measure(net: Net) -> dict[str, float]:
     """Seconds of a step on each backend, the compiled reference among them, and the bytes it has to read."""
     work = chain(net)
     times = {}
@@ -406,12 +414,12 @@ def sanitizer(report: Report, fit: Fit, small: bool) -> None:
 
     Activations come as they are: no library's kernel runs under the checker.
     """
-    width = 16 if small else 64
+    width, places = (8, 1) if small else (64, 36)
     torch.manual_seed(0)
-    layers = [nn.Conv2d(4, width, 3), nn.Conv2d(width, 32, 3, groups=2), nn.Linear(32 * 36, 2 * width)]
+    layers = [nn.Conv2d(4, width, 3), nn.Conv2d(width, 32, 3, groups=2), nn.Linear(32 * places, 2 * width)]
     model = nn.Sequential(*layers, nn.Linear(2 * width, 8)).to(DEVICE)
     groups = [UnitGroup(f"{i}", a, b) for i, (a, b) in enumerate(itertools.pairwise(model))]
-    held = [torch.randn(8, width, 8, 8, device=DEVICE), torch.randn(8, 32 * 36, device=DEVICE)]
+    held = [torch.randn(8, width, 8, 8, device=DEVICE), torch.randn(8, 32 * places, device=DEVICE)]
     held.append(torch.randn(8 if small else 4096, 2 * width, device=DEVICE))
     work = Work(model, groups, held)
     linear = chain(Net(3, width, 0, 32, torch.float32))
@@ -423,11 +431,18 @@ def sanitizer(report: Report, fit: Fit, small: bool) -> None:
             continue
         options = {"replacement_rate": 0.3, "maturity_threshold": 0, "rule": rule, "capture": capture}
         cbp, step = stepper(which, **options)
-        for _ in range(2):
+        for _ in range(1 if small else 2):
             step()
         synchronize()
         report.add(f"{name}, {capture}", {"replaced": sum(cbp.num_replaced.values())})
         cbp.remove()
+
+
+def whole_numbers(work: Work) -> None:
+    """The same ones in every run, whose sums are exact in any order."""
+    for tensor in (*work.model.parameters(), *work.held):
+        generator = torch.Generator().manual_seed(tensor.numel())
+        tensor.data.copy_(torch.randint(-3, 4, tensor.shape, generator=generator))
 
 
 def order(report: Report, fit: Fit, small: bool) -> None:
@@ -445,7 +460,9 @@ def order(report: Report, fit: Fit, small: bool) -> None:
         if beside and DEVICE == "cpu":
             continue
         for tensor in (*work.model.parameters(), *work.held):
-            tensor.data.copy_(torch.randint(-3, 4, tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
+            tensor.data.copy_(
+                torch.randint(-3, 4, tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            )
         rate = 0.1 if small else 0.02
         cbp, step = stepper(work, replacement_rate=rate, maturity_threshold=0, decay_rate=0.5)
         step()
@@ -459,7 +476,7 @@ def order(report: Report, fit: Fit, small: bool) -> None:
         other = torch.cuda.Stream() if beside else None
         factor = torch.randn(2048, 2048, device=DEVICE) if beside else None
         share = Fit((fit.end - time.monotonic()) / 11)
-        while repeats < (2 if small else 2000) and share:
+        while repeats < often(2000) and share:
             torch._foreach_copy_(tensors, saved)
             if other is not None and repeats % 4 == 0:
                 with torch.cuda.stream(other):
@@ -473,7 +490,7 @@ def order(report: Report, fit: Fit, small: bool) -> None:
         label = f"{name}, beside matrix products" if beside else name
         report.add(label, {"repeats": repeats, "differ": int(differ)}, [repeats, int(differ)])
         failed += [label] * bool(differ)
-        assert sum(cbp.num_replaced.values()) > 0
+        assert sum(cbp.num_replaced.values()) > 0 or AHEAD
         cbp.remove()
     if DEVICE == "cuda":
         wrong = two_streams(200)
@@ -492,7 +509,9 @@ def two_streams(steps: int) -> int:
     for apart in (False, True):
         work = chain(Net(3, 256, 0, 256, torch.float32))
         for tensor in (*work.model.parameters(), *work.held):
-            tensor.data.copy_(torch.randint(-3, 4, tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
+            tensor.data.copy_(
+                torch.randint(-3, 4, tensor.shape, generator=torch.Generator().manual_seed(tensor.numel()))
+            )
         shapes = [h.shape for h in work.held]
         cbp, _ = stepper(work, replacement_rate=0.02, maturity_threshold=0, decay_rate=0.5)
         forward = torch.cuda.current_stream()
@@ -532,9 +551,9 @@ def times(report: Report, fit: Fit, small: bool) -> None:
             work = case.make()
             found: dict[str, Any] = {"bytes": nbytes(work), "expected us": case.expected}
             cbp, step = stepper(work, capture=case.capture)
-            for _ in range(1 if small else 5):
+            for _ in range(often(5)):
                 step()
-            repeats = 1 if small else 60
+            repeats = often(60)
             found["host"], found["eager"] = host(step, repeats), wall(step, repeats)
             if nothing is not None:
                 found["by kernel"], found["kernels"] = kernel_times(step)
@@ -546,8 +565,10 @@ def times(report: Report, fit: Fit, small: bool) -> None:
 
                 found["cold"] = replay_seconds(graph_of(cold)) - replay_seconds(nothing)
             cbp.remove()
+            if AHEAD:
+                continue
             cbp, step = stepper(work, "reference", capture=case.capture)
-            found["reference"] = wall(step, 1 if small else 5)
+            found["reference"] = wall(step, often(5))
             if nothing is not None:
                 try:
                     found["reference in a graph"] = replay_seconds(graph_of(step), 5)
@@ -557,7 +578,11 @@ def times(report: Report, fit: Fit, small: bool) -> None:
             cbp.remove()
             rate = found["bytes"] / found["kernels"] / 1e9 if found.get("kernels") else 0
             columns = ("cold", "warm", "host", "eager", "reference", "reference in a graph")
-            row = [f"{found['bytes'] / 1e6:.1f}", microseconds(found.get("kernels")), "{:.0f}-{:.0f}".format(*case.expected)]
+            row = [
+                f"{found['bytes'] / 1e6:.1f}",
+                microseconds(found.get("kernels")),
+                "{:.0f}-{:.0f}".format(*case.expected),
+            ]
             row += [f"{rate:.0f}", *(microseconds(found.get(key)) for key in columns)]
             report.add(name, found, row)
 
@@ -576,7 +601,7 @@ def where(report: Report, fit: Fit, small: bool) -> None:
         if not fit:
             break
         cbp, step = stepper(make(), replacement_rate=min(rate, 1.0), maturity_threshold=0)
-        for _ in range(1 if small else 3):
+        for _ in range(often(3)):
             step()
         by_kernel, total = kernel_times(step) if DEVICE == "cuda" else ({}, wall(step, 1))
         report.add(name, {"us": total * 1e6, "by kernel": by_kernel}, [microseconds(total), expected])
@@ -600,6 +625,8 @@ def training(report: Report, fit: Fit, small: bool) -> None:
 
     def gpt() -> networks.Network:
         sizes = (1, 1, 12, 8, 16) if small else (8, 12, 768, 1024, 50257)
+        # of activations, only their width matters to what is compiled
+        sizes = (1, 12, 768, 64, 256) if AHEAD else sizes
         return networks.build(networks.gpt, *sizes, device=DEVICE)
 
     ways = {
@@ -638,13 +665,13 @@ def share_of_training(way: Training, graphed: bool, small: bool) -> dict[str, fl
             loss.backward()
             optimizer.step()
 
-        for _ in range(1 if small else 4):
+        for _ in range(often(4)):
             step()
         steps[key] = graph_of(step).replay if graphed else step
-        for _ in range(0 if small else 2):
+        for _ in range(often(2)):
             steps[key]()
-    repeats = 1 if small else max(3, min(100, int(0.8 / wall(steps["with"], 1))))
-    turns = [{key: wall(step, repeats) for key, step in steps.items()} for _ in range(1 if small else 3)]
+    repeats = 1 if DEVICE == "cpu" else max(3, min(100, int(0.8 / wall(steps["with"], 1))))
+    turns = [{key: wall(step, repeats) for key, step in steps.items()} for _ in range(often(3))]
     assert cbp.backend == "triton"
     return {key: median(turn[key] for turn in turns) for key in steps}
 
@@ -669,10 +696,10 @@ def options(report: Report, fit: Fit, small: bool, change: str = "") -> None:
         prepare()
         for name, net in list(nets.items())[: 1 if small else 2]:
             cbp, step = stepper(chain(net._replace(width=16) if small else net))
-            for _ in range(1 if small else 5):
+            for _ in range(often(5)):
                 step()
             total = kernel_times(step)[1] if DEVICE == "cuda" else None
-            mine = host(step, 1 if small else 60)
+            mine = host(step, often(60))
             report.add(f"{name}, {way}", {"kernels": total, "host": mine}, [microseconds(total), microseconds(mine)])
             cbp.remove()
 
@@ -708,5 +735,9 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true", help="for the interpreter: small shapes, and few of them")
     parser.add_argument("--options", default="launch", help="for options: launch, or a compiler's option=number")
     given = parser.parse_args()
+    if AHEAD:
+        import gpu_ahead
+
+        gpu_ahead.install(int(os.environ["CBP_FAST_COMPILE_FOR"]))
     more = {"change": given.options} if given.phase == "options" else {}
     PHASES[given.phase](Report(given.json), Fit(given.seconds), given.small, **more)
