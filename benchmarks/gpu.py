@@ -318,7 +318,8 @@ class Report:
         self.found[name] = values
         if row:
             self.found["rows"].append([name, *row])
-        print(name, *(f"{key} {value}" for key, value in values.items()), sep="; ", flush=True)
+        said = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+        print(name, *said, sep="; ", flush=True)
         if self.file:
             self.file.write_text(json.dumps(self.found))
 
@@ -735,6 +736,8 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true", help="for the interpreter: small shapes, and few of them")
     parser.add_argument("--options", default="launch", help="for options: launch, or a compiler's option=number")
     given = parser.parse_args()
+    if DEVICE == "cpu" and not AHEAD and not triton.knobs.runtime.interpret:
+        sys.exit("PyTorch sees no GPU: torch.cuda.is_available() is False. make gpu REHEARSE=1 runs without one.")
     if AHEAD:
         import gpu_ahead
 

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_run import settle
+
 ROOT = Path(__file__).parents[1]
 # what every process of a run reads; unset, nothing here does anything
 CAPABILITY = "CBP_FAST_COMPILE_FOR"
@@ -59,12 +61,15 @@ class Driver:
 
 def install(capability: int) -> None:
     """From now on, in this process, the Triton backend takes CPU tensors and compiles for a GPU."""
+    import torch
     import triton
 
     from cbp_fast import triton_backend
 
     triton.runtime.driver.set_active(Driver(capability))
-    triton_backend.why_not = lambda *args: None
+    why_not = triton_backend.why_not
+    # what it says of a device that is neither the CPU nor a GPU is about the rule
+    triton_backend.why_not = lambda rule, device, split: why_not(rule, torch.device("meta"), split)
 
     def chooses(function: Any) -> Any:
         def chosen(state: Any, *args: Any) -> int:
@@ -110,6 +115,10 @@ def main() -> int:
         if done.returncode not in ((0, 1) if command is tests else (0,)):
             print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
             return 1
+    # the first text stays even so; `settle` takes it off Triton's list
+    for source in cache.glob("*/*.source"):
+        source.unlink()
+    settle(cache)
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
     print(f"{cache}: {size / 1e6:.1f} MB for compute capability {given.capability / 10:.1f}")
     return 0

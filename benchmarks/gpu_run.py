@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class Running:
             os.killpg(self.process.pid, number)
 
     def result(self) -> str | None:
-        """ "passed", "failed" or "timed out", once it has ended; past its limit, it is ended."""
+        """How it ended, once it has: "passed", "failed" or "timed out"; past its limit, it is ended."""
         if self.process.poll() is None:
             if time.monotonic() < self.begin + self.limit:
                 return None
@@ -143,16 +144,16 @@ def plan(rehearse: bool, cheap: bool, work: Path, out: Path) -> list[Phase]:
         phases.append(sanitizer._replace(command=[*under, tool, *sanitizer.command] if checker else sanitizer.command))
     phases += [
         Phase("correctness", 500 if rehearse else 110, tests),
-        measure("order", 50),
-        measure("times", 110),
-        measure("where", 30),
-        measure("training", 60),
+        measure("order", 40),
+        measure("times", 100),
+        measure("where", 25),
+        measure("training", 50),
         measure("options launch", 20, "--options", "launch", needed=False),
-        measure("options warps", 30, "--options", "num_warps=8", needed=False),
+        measure("options warps", 20, "--options", "num_warps=8", needed=False),
     ]
     profiler = shutil.which("ncu")
     ncu = measure(
-        "ncu", 75, needed=False, skip="the hardware's counters" if rehearse else "" if profiler else "there is no ncu"
+        "ncu", 60, needed=False, skip="the hardware's counters" if rehearse else "" if profiler else "there is no ncu"
     )
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats"]
     metrics = "gpu__time_duration.sum,dram__bytes_read.sum,sm__cycles_active.avg.pct_of_peak_sustained_elapsed"
@@ -209,11 +210,11 @@ def kernels_in(cache: Path) -> int:
 
 
 def settle(cache: Path) -> None:
-    """Triton's cache names its files by their full paths: those of where it was made become those of here."""
+    """Triton's cache names its files by their full paths: those of where it was made become those that are here."""
     for group in cache.glob("*/__grp__*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             names = json.loads(group.read_text())["child_paths"]
-            here = {name: str(group.parent.absolute() / name) for name in names}
+            here = {name: str(group.parent.absolute() / name) for name in names if (group.parent / name).exists()}
             if here != names:
                 group.write_text(json.dumps({"child_paths": here}))
 
@@ -246,10 +247,36 @@ def summary(found: Mapping[str, Any]) -> str:
             [[p["name"], p["result"], f"{p['seconds']:.0f}", p["note"]] for p in found["phases"]],
         ),
     ]
-    for result in found["results"].values():
+    for name, result in found["results"].items():
         if isinstance(result, dict) and result.get("rows"):
-            lines += ["", markdown(result["head"], result["rows"])]
+            lines += ["", f"## {name}", "", markdown(result["head"], result["rows"])]
     return "\n".join(lines) + "\n"
+
+
+# of all that ncu tells: how long, how much was read, how busy, and what a program takes
+COUNTERS = {
+    "gpu__time_duration.sum": "time",
+    "dram__bytes_read.sum": "read",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
+    "sm__cycles_active.avg.pct_of_peak_sustained_elapsed": "multiprocessors active %",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def counters(file: Path) -> dict[str, Any]:
+    """A table of what ncu wrote, in the order of the launches."""
+    try:
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
+    except OSError:
+        return {}
+    head, units, *launches = list(csv.reader(lines)) if len(lines) > 2 else ([], [])
+    at = {name: head.index(name) for name in COUNTERS if name in head}
+    columns = [f"{COUNTERS[name]} {units[i] if units[i] != '%' else ''}".strip() for name, i in at.items()]
+    if "Kernel Name" not in head:
+        return {}
+    rows = [[line[head.index("Kernel Name")], *(line[i] for i in at.values())] for line in launches]
+    return {"head": ["kernel", *columns], "rows": rows}
 
 
 def last_line(log: Path) -> str:
@@ -298,6 +325,8 @@ class Run:
         self.log += f"===== {phase.name}: {result} after {seconds:.1f} s\n{shortened(text)}\n"
         with contextlib.suppress(OSError, ValueError):
             self.found["results"][phase.name] = json.loads(running.json.read_text())
+        if phase.name == "ncu":
+            self.found["results"]["ncu"] = counters(self.out / "ncu.csv")
         self.found["device"] = self.found["results"].get("facts", {}).get("device", self.found["device"])
         if result != "passed":
             print("\n".join(text.splitlines()[-15:]), flush=True)

@@ -114,6 +114,21 @@ def test_a_long_log_keeps_both_ends():
     assert len(text) < 5 * 10**5
 
 
+def test_counters_of_ncu(tmp_path):
+    """A few of its columns, found by their names."""
+    assert gpu_run.counters(tmp_path / "ncu.csv") == {}
+    text = """==PROF== Connected to process 1
+"ID","Kernel Name","launch__registers_per_thread","gpu__time_duration.sum","what.else"
+"","","register/thread","us","%"
+"0","select","128","11.2","7"
+"1","reinit","40","4.1","7"
+"""
+    (tmp_path / "ncu.csv").write_text(text)
+    found = gpu_run.counters(tmp_path / "ncu.csv")
+    assert found["head"] == ["kernel", "time us", "registers register/thread"]
+    assert found["rows"] == [["select", "11.2", "128"], ["reinit", "4.1", "40"]]
+
+
 def copy_of_the_checkout(target):
     """Without anything that was built."""
     for part in ("cbp_fast", "csrc", "benchmarks"):
