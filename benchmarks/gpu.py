@@ -627,7 +627,7 @@ def training(report: Report, fit: Fit, small: bool) -> None:
     def gpt() -> networks.Network:
         sizes = (1, 1, 12, 8, 16) if small else (8, 12, 768, 1024, 50257)
         # of activations, only their width matters to what is compiled
-        sizes = (1, 12, 768, 64, 256) if AHEAD else sizes
+        sizes = (1, 12, 768, 8, 64) if AHEAD else sizes
         return networks.build(networks.gpt, *sizes, device=DEVICE)
 
     ways = {
