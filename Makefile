@@ -11,12 +11,12 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench bench-kernels results instructions test test-all test-triton test-integrations gpu sanitize lint \
-	format wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench bench-kernels results instructions test test-all test-triton test-integrations gpu gpu-cache \
+	sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
 	@echo "make demo | bench | bench-kernels | results | instructions"
-	@echo "     test | test-all | test-triton VERSION=3.6.0 | test-integrations | gpu | sanitize | lint | format"
+	@echo "     test | test-all | test-triton VERSION=3.6.0 | test-integrations | gpu | gpu-cache | sanitize | lint | format"
 	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
@@ -44,6 +44,7 @@ results: .venv/built
 # under valgrind, which has to be installed; ARGS=--write keeps the counts
 instructions: .venv/built
 	$(BIN)/python benchmarks/instructions.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python benchmarks/host_step.py $(ARGS)
 
 test: .venv/built
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
@@ -73,10 +74,19 @@ test-triton: .venv/built .venv-triton-$(VERSION)/tools
 	$(TEST_TRITON) -m "not slow and not gpu" tests/test_triton.py $(ARGS)
 	$(TEST_TRITON) -k "every_specialisation or on_the_machine and 0" tests/test_triton_compile.py $(ARGS)
 
-# one process: the tests share the device
-gpu: .venv/built
-	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu $(ARGS)
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py
+# On a machine with a GPU: its own Python, PyTorch and Triton as they are, nothing installed, nothing fetched, at most
+# eight minutes: make gpu GPU_PYTHON=/opt/torch/bin/python3. What comes of it is in GPU_OUT. REHEARSE=1 needs no GPU.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results/gpu
+GPU_ENVIRONMENT := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton"
+gpu:
+	TRITON_INTERPRET=$(if $(REHEARSE),1,0) $(GPU_ENVIRONMENT) \
+		$(GPU_PYTHON) benchmarks/gpu_run.py "$(GPU_OUT)" $(if $(REHEARSE),--rehearse) $(ARGS)
+
+# What that would compile there is compiled here, by the same Triton, and no GPU is needed; build/triton goes along. For
+# another GPU than an H100: make gpu-cache ARGS="--capability 80"
+gpu-cache:
+	TRITON_INTERPRET=0 $(GPU_ENVIRONMENT) $(GPU_PYTHON) benchmarks/gpu_ahead.py $(ARGS)
 
 # A second build of the package, in build/sanitize, run under AddressSanitizer and UBSan; for GCC. Python is linked to
 # neither the sanitizer nor the C++ library whose exceptions it watches, so both are loaded ahead of it. What Python

@@ -6,7 +6,10 @@ import os
 # read once, when Triton is imported; what compiles its kernels does so in a process of its own
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import hypothesis
+try:
+    import hypothesis
+except ModuleNotFoundError:  # tests/test_gpu.py does without
+    hypothesis = None
 import numpy as np
 import pytest
 import torch
@@ -17,10 +20,11 @@ from cbp_fast import _C
 torch.set_num_threads(1)
 
 # the same examples every time: what fails here fails everywhere
-hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-)
-hypothesis.settings.load_profile("repeatable")
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

@@ -278,5 +278,5 @@ def test_what_the_benchmark_for_gpus_compares_runs(monkeypatch):
     gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu)
     monkeypatch.setattr(gpu, "seconds", lambda step: step() or step() or 1.0)
-    found = gpu.measure(gpu.Net(2, 16, 0, 4, torch.float32), "cpu")
+    found = gpu.measure(gpu.Net(2, 16, 0, 4, torch.float32))
     assert found == {"triton": 1.0, "reference": 1.0, "compiled reference": 1.0, "bytes": 2 * 4 * (16 * 16 + 4 * 16)}
