@@ -39,6 +39,9 @@ _TILE = _WIDE * _NARROW
 _KEPT = 16
 _BEFORE_CAPTURE = "run a step with inputs of the same shape before each capture of a CUDA graph"
 _NOTHING = nullcontext()
+# seconds after which it is said that kernels are compiled
+_QUICK = 1.0
+_COMPILING = "compiling %s for %s, once; they are kept in %s"
 
 _T = TypeVar("_T")
 
@@ -50,13 +53,18 @@ class Axis(NamedTuple):
     stride: int  # in elements
 
 
+def is_interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def why_not(rule: Rule, device: torch.device, split: bool) -> str | None:
     """Why this backend cannot serve a rule on a device, with `split` parameters or whole ones; None if it can."""
     if split:
         return "does not serve parameters that are split among processes"
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not is_interpreted():
         return "serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-    if device.type == "cuda" and triton.knobs.runtime.interpret:
+    if device.type == "cuda" and is_interpreted():
         return "cannot reach a GPU's memory from Triton's interpreter (unset TRITON_INTERPRET)"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs a GPU of compute capability 8.0 and {torch.cuda.get_device_name(device)} has less"
@@ -546,7 +554,7 @@ def prepare(state: State, inline: bool) -> None:
         inline: whether activations may be summed in the forward.
     """
     device = state.buffer.device
-    if triton.knobs.runtime.interpret:
+    if is_interpreted():
         return
     types = 0
     for ref in (*state.weights, *(region.ref for region in state.regions if region.kind == DRAW)):
@@ -557,9 +565,7 @@ def prepare(state: State, inline: bool) -> None:
         wanted.append((triton_kernels.rank, {}))
     names = ", ".join(dict.fromkeys(kernel.fn.__name__ for kernel, _ in wanted))
     # said only where it takes long: what is in the cache is loaded at once
-    said = Timer(
-        1.0, _log.warning, ("compiling %s for %s, once; they are kept in %s", names, device, triton.knobs.cache.dir)
-    )
+    said = Timer(_QUICK, _log.warning, (_COMPILING, names, device, triton.knobs.cache.dir))
     said.daemon = True
     said.start()
     try:

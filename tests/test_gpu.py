@@ -11,7 +11,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from cbp_fast import CBPLinear, ContinualBackprop, Part, Rule, UnitGroup
-from cbp_fast.triton_backend import why_not
 
 # the interpreter cannot read a GPU's memory; without it and without a GPU, attaching says what is missing
 SMALL = bool(triton.knobs.runtime.interpret)
@@ -61,11 +60,7 @@ def convolutions():
 
 
 def attach(model, optimizer, **options):
-    options = {"replacement_rate": 0.01, "maturity_threshold": 2, "seed": 7, "rule": "nature", **options}
-    if options.setdefault("backend", "triton") == "triton":
-        why = why_not(Rule.make(options["rule"]), torch.device(DEVICE), False)
-        if why is not None and "has no kernel" in why:
-            pytest.skip(f"Triton {why}")
+    options = {"replacement_rate": 0.01, "maturity_threshold": 2, "seed": 7, "backend": "triton", **options}
     return ContinualBackprop(model, optimizer, **options)
 
 

@@ -324,19 +324,6 @@ def test_the_state_of_an_optimizer_that_steps_less_often_is_zero(period):
     assert checked > 5
 
 
-@pytest.mark.gpu
-def test_an_optimizer_from_before_a_move_is_left_alone():
-    """Its state is on the other device."""
-    model = two_layers(replacement_rate=1.0, maturity_threshold=0)
-    optimizers = []
-    for device in ("cpu", "cuda"):
-        optimizers.append(torch.optim.Adam(model.to(device).parameters()))
-        for _ in range(3):
-            model(torch.randn(5, 4, device=device)).square().sum().backward()
-            optimizers[-1].step()
-    assert model[2].num_replaced >= 5 * 8
-
-
 def test_a_compiled_model_is_one_graph_and_trains_alike():
     import torch._dynamo.testing  # takes a second
 

@@ -1,10 +1,12 @@
 """The Triton backend in Triton's interpreter (see conftest.py), against the reference and the compiled backend."""
 
+import contextlib
 import itertools
 import math
 import random
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from test_kernels import RULES, cases, check_step_on_whole_numbers, gamma
 from torch import nn
 from triton.runtime import interpreter
 
-from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, triton_backend, triton_kernels
+from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, engine, triton_backend, triton_kernels
 from cbp_fast.ops import backend_for
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -633,3 +635,180 @@ def test_bias_correction_is_precise(decay):
     corrections[(1,)](torch.tensor(ages, dtype=torch.int32), log_decay, out)
     expected = [-math.expm1(age * math.log(decay)) for age in ages]
     torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64), rtol=4 * 2.0**-52, atol=0)
+
+
+def test_addresses_are_sent_on_the_device_of_the_launch(monkeypatch):
+    """Events and copies are of the current device, as launches are."""
+    inside = []
+
+    class Device:
+        def __enter__(self):
+            inside.append(1)
+
+        def __exit__(self, *error):
+            inside.pop()
+
+    sent, launched = [], []
+    send, launch = triton_backend._Sender.send, triton_kernels.launch
+    monkeypatch.setattr(triton_backend._Tables, "on_device", lambda tables: Device())
+    monkeypatch.setattr(triton_backend._Sender, "send", lambda *args: sent.append(bool(inside)) or send(*args))
+    monkeypatch.setattr(triton_kernels, "launch", lambda *args: launched.append(bool(inside)) or launch(*args))
+    for rule, capture in (("nature", "deferred"), ("mean transfer", "inline")):
+        rule = RULES.get(rule, Rule.gnt("zero_contribution", transfer_bias=True))
+        train("triton", rule, (4, 5, 6, 2), 2, replacement_rate=1.0, maturity_threshold=0, capture=capture)
+    assert sent
+    assert launched
+    assert all(sent + launched)
+
+
+@pytest.fixture
+def with_stream(monkeypatch):
+    """A group whose activations were seen on one stream; call it with that and the step's."""
+
+    def step(seen, here):
+        cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
+        cbp._engine.record(0, torch.ones(3, 4))
+        cbp._engine._streams = {engine._Stream(*seen)}
+        monkeypatch.setattr(engine, "stream_of", lambda device: engine._Stream(*here))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+        kept = []
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
+        cbp.step()
+        assert cbp.age["g0"].sum() <= 4
+        return kept
+
+    return step
+
+
+def test_activations_of_another_stream_are_kept_for_this_one(with_stream):
+    assert with_stream((1, False), (2, False)) == [(2, False)]
+    assert with_stream((1, False), (1, False)) == []
+    # the whole step is captured
+    assert with_stream((1, True), (1, True)) == []
+
+
+def test_a_graph_of_the_forward_alone_is_an_error(with_stream):
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph, and the step .* was not.*capture='inline'"):
+        with_stream((1, True), (1, False))
+
+
+@pytest.mark.parametrize("capture", ["deferred", "inline"])
+def test_a_graph_is_captured_before_the_first_step(capture, monkeypatch):
+    cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton", capture=capture)
+    monkeypatch.setattr(triton_backend, "is_capturing", lambda device: True)
+
+    def step():
+        cbp._engine.record(0, torch.ones(3, 4))
+        cbp.step()
+
+    with pytest.raises(RuntimeError, match="run a step with inputs of the same shape before each capture of a CUDA"):
+        step()
+    monkeypatch.undo()
+    step()
+    assert cbp.age["g0"].tolist().count(1) == 2
+
+
+def test_kernels_are_compiled_when_attaching_and_once(monkeypatch, caplog):
+    compiled = []
+
+    def compile_(kernel, device, meta):
+        compiled.append(kernel.fn.__name__)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(triton_kernels, "compile_", compile_)
+    monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
+    monkeypatch.setattr("cbp_fast.ops.why_not_triton", lambda *args: None)
+    monkeypatch.setattr(triton_backend, "_QUICK", 0.01)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    mlp_cbp = attach(mlp((4, 5, 2)), "triton", capture="deferred")
+    assert compiled == ["select", "reinit"]
+    (message,) = caplog.messages
+    assert re.fullmatch(r"compiling select, reinit for cpu, once; they are kept in .*", message)
+    assert mlp_cbp.backend == "triton"
+    caplog.clear()
+    monkeypatch.setattr(triton_backend, "_QUICK", 60)
+    attach(mlp((4, 5, 2)), "triton", rule=RULES["centred transfer"], replacement_rate=0.0)
+    assert set(compiled) == {"select", "reinit", "capture", "hat", "transfer"}
+    assert not caplog.messages
+
+
+def test_a_compiled_kernel_is_launched_again_without_triton(monkeypatch):
+    """By what it was compiled for and the device; the interpreter compiles nothing."""
+    launches = []
+
+    class Compiled:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args: launches.append((self.name, grid, args))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **meta: launches.append(("first", grid, args)) or Compiled(meta["A"])
+
+    monkeypatch.setattr(triton_kernels, "_compiled", {})
+    kernel, x = Kernel(), torch.zeros(1, dtype=torch.int64)
+    for a in (1, 1, 2, 1):
+        triton_kernels.launch(kernel, (7,), (x,), {"A": a, "B": 5})
+    assert launches == [
+        ("first", (7,), (x,)),
+        (1, (7, 1, 1), (x, 1, 5)),
+        ("first", (7,), (x,)),
+        (1, (7, 1, 1), (x, 1, 5)),
+    ]
+
+
+CHANGES = {
+    "frozen": (lambda model, optimizer: model[2].weight.requires_grad_(False), "2.weight was frozen"),
+    "shape": (lambda model, optimizer: setattr(model[2].weight, "data", torch.zeros(6, 4)), "2.weight has shape"),
+    "dtype": (lambda model, optimizer: setattr(model[0].bias, "data", model[0].bias.data.double()), "0.bias has dtype"),
+    "gone": (lambda model, optimizer: setattr(model[0], "bias", None), "0.bias is no longer there"),
+    "state": (
+        lambda model, optimizer: optimizer.state[model[2].weight].update(exp_avg=torch.zeros(6, 5).to_sparse()),
+        "keeps state of 2.weight as a torch.sparse_coo",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_many_steps_is_noticed(change, everything):
+    """All is looked at again once something is another object, has another layout, or is not trained."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    cbp = attach(model, "triton", optimizer=optimizer, capture="deferred")
+    for _ in range(3):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    assert cbp._engine._known.still([optimizer])
+    model(torch.randn(3, 4))
+    CHANGES[change][0](model, optimizer)
+    before = everything(cbp)
+    with pytest.raises(RuntimeError, match=CHANGES[change][1]):
+        cbp.step()
+    assert everything(cbp) == before
+
+
+def test_state_of_the_optimizer_is_followed():
+    """Loaded, cleared, or given anew for one parameter: what it is then is reset."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    attach(model, "triton", optimizer=optimizer, replacement_rate=1.0, maturity_threshold=0)
+
+    def new_entry():
+        state = optimizer.state[model[0].weight]
+        optimizer.state[model[0].weight] = {key: value.clone() for key, value in state.items()}
+
+    def another_memory():
+        optimizer.state[model[0].weight]["exp_avg"].data = torch.zeros(5, 4)
+
+    changes = [lambda: None, lambda: optimizer.load_state_dict(optimizer.state_dict()), new_entry, another_memory]
+    changes += [optimizer.state.clear, lambda: setattr(model[0].weight, "data", model[0].weight.data.clone())]
+    for change in changes:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+            assert not optimizer.state[model[0].weight]["exp_avg"].any()
+            assert not optimizer.state[model[2].weight]["exp_avg_sq"].any()
+        change()

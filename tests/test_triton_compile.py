@@ -189,9 +189,13 @@ MUTANTS = {"relaxed": relaxed, "no barrier before": without_barrier(True), "no b
 COUNTERS = ("parts", "block of units", "group")
 
 
+# a group's counter needs no barrier of its own before it: the last one of the reductions comes after all stores but those
+# of the thread that counts
+NEEDED = [pair for pair in itertools.product(MUTANTS, COUNTERS) if pair != ("no barrier before", "group")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("counter", COUNTERS)
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(("mutant", "counter"), NEEDED)
 def test_the_machine_finds_what_is_missing(mutant, counter, monkeypatch):
     """Without the order that a counter makes, some run of a few goes wrong."""
     case = CASES["one group" if counter == "parts" else "several chosen"]
