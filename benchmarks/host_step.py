@@ -90,17 +90,17 @@ def instructions(depth: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         command = ["valgrind", "--tool=callgrind", "--quiet", f"--callgrind-out-file={out}"]
-        command += ["--toggle-collect=qsort", sys.executable, __file__, "--run", str(depth)]
+        command += ["--toggle-collect=ffi_call", sys.executable, __file__, "--run", str(depth)]
         environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, check=True)
         total = re.search(r"^summary: (\d+)", out.read_text(), re.MULTILINE)
     if not total or total[1] == "0":
-        sys.exit("callgrind saw no call of qsort, within which the steps run")
+        sys.exit("callgrind saw no call by ctypes, within which the steps run")
     return int(total[1]) // _STEPS
 
 
-def inside_qsort(run: Callable[[], None]) -> None:
-    """Some steps within one call of the C library's, which nothing else here calls: callgrind counts what is in it."""
+def inside_one_call(run: Callable[[], None]) -> None:
+    """Some steps within one call that ctypes makes: callgrind counts what is in it."""
     compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
     def steps(key: int, entry: int) -> int:
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--run", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run is not None:
-        inside_qsort(prepared(args.run))
+        inside_one_call(prepared(args.run))
         return
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"groups": {}}
     found: dict[str, Any] = {"about": versions(), "groups": {}}

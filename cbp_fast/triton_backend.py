@@ -27,7 +27,7 @@ from . import reference, triton_kernels
 from .cpp import describe
 from .rules import Rule
 from .state import DRAW, TRANSFER, Region, Slot, State
-from .triton_kernels import Addresses, Bias, Columns, Group, Job, Mask, Reader, Target, Transfer
+from .triton_kernels import Addresses, Bias, Block, Columns, Job, Mask, Reader, Target, Transfer
 from .unit_groups import out_axis
 
 _log = logging.getLogger("cbp_fast")
@@ -152,8 +152,8 @@ class _Plan:
         blocks_of = _blocks_of(state)
         first_block = [0, *accumulate(blocks for _, blocks in blocks_of)]
         expected = [0] * first_block[-1]
-        # one for each group, one for the groups and one for each block of units come first
-        counter = len(blocks_of) + 1 + len(expected)
+        # one for each block of units, one for each group and one for the groups come first
+        counter = len(expected) + len(blocks_of) + 1
         for number, s in enumerate(sums):
             outer, inner, along = _split_axes(s)
             size, item = (_NARROW, s.dtype.itemsize) if along else (_WIDE, s.dtype.itemsize)
@@ -222,11 +222,12 @@ class _Plan:
                 touched = min(last - first + 1, group_blocks)
                 for b in range(first, first + touched):
                     expected[first_block[s.group] + b % group_blocks] += 1
+                first += first_block[s.group]
                 for split in range(splits):
-                    tiles += (number, i, split, first, touched)
-        self.programs, self.num_blocks, self.types = len(tiles) // 5, len(expected), types
-        self.jobs, self.tiles, self.expected, self.counters = upload(
-            state.buffer.device, (jobs or [0], 64), (tiles or [0], 32), (expected, 32), ([0] * counter, 32)
+                    tiles += (number, i, split, first, touched, first_block[s.group + 1], group_blocks)
+        self.programs, self.expected, self.types = len(tiles) // 7, expected, types
+        self.jobs, self.tiles, self.counters = upload(
+            state.buffer.device, (jobs or [0], 64), (tiles or [0], 32), ([0] * counter, 32)
         )
         self.place = place
         # which of a step's tensors a job reads, and from which byte
@@ -470,7 +471,6 @@ class _Tables:
             self.is_chosen,
             self.hat,
         )
-        addresses = Addresses._make([*(f.data_ptr() for f in fields), len(state.layouts)])
         if len(state.layouts) >= 2**15:
             raise ValueError(f"backend 'triton' serves less than 32768 unit groups, not {len(state.layouts)}")
         rows: list[int] = []
@@ -480,11 +480,9 @@ class _Tables:
             rows += Columns(
                 i, slot.columns.start, layout.units.start, layout.num_units, per_unit, unit_stride, position_stride
             )
-        every = [(g, b) for g, (_, blocks) in enumerate(_blocks_of(state)) for b in range(blocks)]
-        self.every_block = len(every)
-        self.addresses, self.columns, self.blocks = upload(
-            device, (addresses, 64), (rows, 64), ([n for block in every for n in block], 32)
-        )
+        self.num_blocks = sum(blocks for _, blocks in _blocks_of(state))
+        addresses = [*(f.data_ptr() for f in fields), len(state.layouts), self.num_blocks]
+        self.addresses, self.columns = upload(device, (Addresses._make(addresses), 64), (rows, 64))
         self.plans: dict[object, _Step] = {}
         # of each list of slots
         self.captures: dict[tuple[int, ...], dict[object, list[_Round]]] = {}
@@ -723,63 +721,72 @@ class _Step(_Plan):
                 sum_of_slot[i] = len(sums)
                 weight = weights[slot.weight]
                 sums.append(_input_sum(weight, number, slot, getattr(module, "groups", 1), out_axis(module)))
-        incoming: list[int] = []
+        incoming: list[tuple[int, int]] = []
         for g, layout in enumerate(state.layouts):
             for i, block in layout.incoming:
-                incoming += [len(sums), block.per_unit]
+                incoming.append((len(sums), block.per_unit))
                 out = out_axis(state.modules[i])
                 sums.append(_output_sum(weights[i], len(held) + i, g, layout.num_units, block, out))
         super().__init__(state, sums, aligned)
         readers: list[int] = []
-        groups: list[int] = []
-        first_incoming, first_block, scratch = 0, 0, self.place
         for i, slot in enumerate(state.slots):
             _, unit_stride, per_unit, position_stride = slot.block
             elements = per_unit
             if rule.outgoing:
                 elements = per_unit * (weights[slot.weight].numel() // slot.features)
-            first = bisect_left(of_slot, i)
+            first, last = bisect_left(of_slot, i), bisect_right(of_slot, i)
             readers += Reader(
                 slot.columns.start,
-                per_unit,
                 unit_stride,
                 position_stride,
-                samples[i],
+                samples[i] & 0x7FFFFFFF,
+                samples[i] >> 31,
+                last - first,
+                self.totals[first] // 8 if last > first else 0,
                 first,
-                bisect_right(of_slot, i) - first,
-                self.totals[sum_of_slot[i]] if rule.outgoing else 0,
+                self.totals[sum_of_slot[i]] // 8 if rule.outgoing else 0,
                 sums[sum_of_slot[i]].fold if rule.outgoing else 1,
                 elements,
             )
+        rows: list[int] = []
+        several: list[int] = []
+        expected = iter(self.expected)
+        first_incoming, scratch = 0, self.place
         for g, (layout, (width, blocks)) in enumerate(zip(state.layouts, _blocks_of(state), strict=True)):
             fan_in = 0
             for i, block in layout.incoming:
                 fan_in += block.per_unit * (weights[i].numel() // weights[i].shape[out_axis(state.modules[i])])
-            groups += Group(
-                layout.units.start,
-                layout.num_units,
-                width,
-                first_block,
-                blocks,
-                layout.columns_per_unit,
-                layout.slots[0],
-                len(layout.slots),
-                first_incoming,
-                len(layout.incoming),
-                fan_in,
-                layout.stream,
-                int(g in ranked),
-                scratch,
-            )
+            if g in ranked:
+                first_row = len(rows) // len(Block._fields)
+                parts = -(-layout.num_units // triton_kernels.RANKED.value)
+                several += [n for part in range(parts) for n in (first_row, part)]
+            for b in range(blocks):
+                rows += Block(
+                    g,
+                    b,
+                    b * width,
+                    min(width, layout.num_units - b * width),
+                    layout.units.start + b * width,
+                    next(expected),
+                    blocks,
+                    width,
+                    layout.num_units,
+                    scratch // 8,
+                    layout.columns_per_unit,
+                    layout.slots[0],
+                    len(layout.slots),
+                    first_incoming,
+                    len(layout.incoming),
+                    fan_in,
+                    # as a signed number of 32 bits
+                    layout.stream - (layout.stream >> 31 << 32),
+                    int(g in ranked),
+                )
             first_incoming += len(layout.incoming)
-            first_block += blocks
             scratch += 8 * (2 * layout.num_units + 4 * blocks)
-        several: list[int] = []
-        for g in ranked:
-            blocks = -(-state.layouts[g].num_units // triton_kernels.RANKED.value)
-            several += [n for b in range(blocks) for n in (g, b)]
-        self.readers, self.groups, self.incoming, self.ranked_blocks = upload(
-            state.buffer.device, (readers, 64), (groups, 64), (incoming or [0], 64), (several or [0], 32)
+        places = [n for number, per_unit in incoming for n in (self.totals[number] // 8, per_unit)]
+        self.readers, self.blocks, self.incoming, self.ranked_tiles = upload(
+            state.buffer.device, (readers, 32), (rows, 32), (places or [0], 32), (several or [0], 32)
         )
         self.ranked = len(several) // 2
         self.allocate(scratch - self.place)
@@ -809,16 +816,15 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
         sent = plan.sender.send(addresses)
         if captures:
             _run_captures(state, tables, *captures)
-        meta, groups = tables.meta, (plan.groups, plan.readers, plan.incoming)
-        places = (tables.addresses, plan.workspace, plan.counters)
+        meta, places = tables.meta, (tables.addresses, plan.workspace, plan.counters)
         if plan.programs:
-            args = (plan.tiles, plan.jobs, sent, *groups, plan.expected, *places)
+            args = (plan.tiles, plan.jobs, sent, plan.blocks, plan.readers, plan.incoming, *places)
             _launch(tables, plan, k.select, plan.programs, args, {"TYPES": plan.types, **meta})
         if meta["MIN_MAX"] or not plan.programs:
-            rest = (tables.blocks, plan.jobs, *groups, *places)
-            _launch(tables, plan, k.score, tables.every_block, rest, score_meta(meta))
+            rest = (plan.blocks, plan.jobs, plan.readers, plan.incoming, *places)
+            _launch(tables, plan, k.score, tables.num_blocks, rest, score_meta(meta))
         if plan.ranked:
-            k.launch(k.rank, (plan.ranked,), (plan.ranked_blocks, plan.groups, tables.addresses, plan.workspace), {})
+            k.launch(k.rank, (plan.ranked,), (plan.ranked_tiles, plan.blocks, tables.addresses, plan.workspace), {})
     return chosen_of(state)
 
 

@@ -38,7 +38,7 @@ NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, **({} if torch.version.hip else {"maxnreg": 128})}
 
 # arguments that are tables of int32; all others are of int64
-INT32 = ("tiles", "counters", "owners", "expected", "blocks_of")
+INT32 = ("tiles", "counters", "owners", "blocks", "readers", "incoming")
 # compiled kernels by what they were compiled for, and the device that they are loaded on
 _compiled: dict[tuple[object, ...], Any] = {}
 
@@ -105,36 +105,45 @@ class Job(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """One slot as `select` walks it: column (j, p) is at j * unit_stride + p * position_stride."""
+    """One slot as `select` walks it: column (j, p) is at j * unit_stride + p * position_stride.
+
+    Of 32 bits, as is `Block`: they wait in registers for their use. Places in the workspace are counted in 8 bytes.
+    """
 
     column: int
-    columns_per_unit: int
     unit_stride: int
     position_stride: int
-    samples: int  # held until the step
-    first_job: int  # of those that sum its activations
-    jobs: int
+    samples: int  # held until the step, the lower 31 bits
+    more_samples: int  # the others
+    jobs: int  # how many sums of its activations there are
+    activation_total: int  # place of the first of those in the workspace; the others are of the jobs that follow
+    first_job: int
     weight_total: int  # sums of its weight, `fold` neighbouring ones for each column
     fold: int
     elements: int  # of the weight, a unit
 
 
-(R_COLUMN, R_PER_UNIT, R_UNIT_STRIDE, R_POSITION_STRIDE, R_SAMPLES, R_FIRST_JOB, R_JOBS, R_WEIGHT_TOTAL, R_FOLD,
- R_ELEMENTS, READER) = map(tl.constexpr, range(len(Reader._fields) + 1))  # fmt: skip
+(R_COLUMN, R_UNIT_STRIDE, R_POSITION_STRIDE, R_SAMPLES, R_MORE_SAMPLES, R_JOBS, R_ACTIVATION_TOTAL, R_FIRST_JOB,
+ R_WEIGHT_TOTAL, R_FOLD, R_ELEMENTS, READER) = map(tl.constexpr, range(len(Reader._fields) + 1))  # fmt: skip
 
 
-class Group(NamedTuple):
-    """One group: `incoming` entries from `first_incoming` on are its producers' sums.
+class Block(NamedTuple):
+    """Some units of a group, with all that is to know of the group.
 
-    Its units come in blocks of `width`; in the workspace it has a key and a y of each unit, and of each block the least
-    key, how many units are mature and how many of those can be chosen, and the least and the greatest y: 8 bytes each.
+    In the workspace a group has a key and a y of each unit, and of each block the least key, how many units are mature
+    and how many of those can be chosen, and the least and the greatest y: 8 bytes each, from `keys` on.
     """
 
-    first_unit: int
+    group: int
+    number: int  # of the block, in the group
+    first: int  # of its units, in the group
+    here: int  # how many units it has
+    unit: int  # the first of them in the numbering of all groups
+    expected: int  # blocks of outputs that it waits for
+    blocks: int  # of the group
+    width: int  # units of each block but the last
     units: int
-    width: int
-    first_block: int
-    blocks: int
+    keys: int
     columns_per_unit: int
     first_reader: int
     readers: int
@@ -143,12 +152,11 @@ class Group(NamedTuple):
     fan_in: int
     stream: int
     ranked: int  # whether `rank` comes after, for more than MANY units
-    keys: int  # place in the workspace
 
 
-(G_FIRST_UNIT, G_UNITS, G_WIDTH, G_FIRST_BLOCK, G_BLOCKS, G_PER_UNIT, G_FIRST_READER, G_READERS, G_FIRST_INCOMING,
- G_INCOMING, G_FAN_IN, G_STREAM, G_RANKED, G_KEYS, GROUP) = map(
-    tl.constexpr, range(len(Group._fields) + 1))  # fmt: skip
+(B_GROUP, B_NUMBER, B_FIRST, B_HERE, B_UNIT, B_EXPECTED, B_BLOCKS, B_WIDTH, B_UNITS, B_KEYS, B_PER_UNIT, B_FIRST_READER,
+ B_READERS, B_FIRST_INCOMING, B_INCOMING, B_FAN_IN, B_STREAM, B_RANKED, BLOCK_ROW) = map(
+    tl.constexpr, range(len(Block._fields) + 1))  # fmt: skip
 # up to so many units are chosen one after the other
 MANY = tl.constexpr(8)
 
@@ -172,10 +180,11 @@ class Addresses(NamedTuple):
     is_chosen: int
     hat: int  # float64, one a column: what `capture` measures distances from
     num_groups: int  # itself, not an address
+    num_blocks: int  # of units
 
 
 (A_STEP, A_SEED, A_HYPER, A_PENDING, A_NUM_REPLACED, A_COUNT, A_ACTIVATION, A_FEATURE, A_RUNNING_MEAN, A_UTILITY,
- A_AGE, A_NUM_CHOSEN, A_CHOSEN, A_IS_CHOSEN, A_HAT, A_NUM_GROUPS) = map(
+ A_AGE, A_NUM_CHOSEN, A_CHOSEN, A_IS_CHOSEN, A_HAT, A_NUM_GROUPS, A_NUM_BLOCKS) = map(
     tl.constexpr, range(len(Addresses._fields)))  # fmt: skip
 
 
@@ -397,148 +406,85 @@ def _ordered(score):
 
 
 @triton.jit
-def _reader_terms(
-    j, inside, reader, count, jobs, addresses, workspace,
-    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+def _place(workspace, place):
+    """Where a place in the workspace is that is counted in 8 bytes."""
+    return _pointer(workspace + place.to(tl.int64) * 8, tl.float64)
+
+
+@triton.jit
+def _reader(readers, r, last, counts):
+    """Samples that the state has of a reader, or of the last one, and the reader's fields."""
+    r = tl.minimum(r, last)
+    row = readers + r * READER
+    return (
+        tl.load(counts + r),
+        tl.load(row + R_SAMPLES),
+        tl.load(row + R_MORE_SAMPLES),
+        tl.load(row + R_COLUMN),
+        tl.load(row + R_UNIT_STRIDE),
+        tl.load(row + R_POSITION_STRIDE),
+        tl.load(row + R_JOBS),
+        tl.load(row + R_ACTIVATION_TOTAL),
+        tl.load(row + R_FIRST_JOB),
+        tl.load(row + R_WEIGHT_TOTAL),
+        tl.load(row + R_FOLD),
+        tl.load(row + R_ELEMENTS),
+    )
+
+
+@triton.jit
+def _samples(counted, low, high):
+    """Samples in the state, and those held until the step, of two halves."""
+    return counted + (high.to(tl.int64) << 31) + low.to(tl.int64)
+
+
+@triton.jit
+def _column_terms(
+    column, mask, count, first_column, num_jobs, activation_total, first_job, weight_total, fold, jobs, activation,
+    addresses, workspace, decay,
+    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the columns of units j of activation statistic x weight statistic, float64; the sums are zeroed.
+    """Activation statistic x weight statistic of some columns of a reader, float64; the sums are zeroed.
 
     MEAN: each column's running mean m becomes decay * m + (1 - decay) * feature / count, where that is finite.
     """
-    # loads on their way at a time
-    AHEAD: tl.constexpr = 4 if COLUMNS == 1 else 1
-    terms = tl.zeros([j.shape[0], COLUMNS], tl.float64)
-    per_unit, unit_stride = tl.load(reader + R_PER_UNIT), tl.load(reader + R_UNIT_STRIDE)
-    position_stride, first_column = tl.load(reader + R_POSITION_STRIDE), tl.load(reader + R_COLUMN)
-    first_job = tl.load(reader + R_FIRST_JOB)
-    last_job = first_job + tl.load(reader + R_JOBS)
-    fold, totals = tl.load(reader + R_FOLD), _pointer(workspace + tl.load(reader + R_WEIGHT_TOTAL), tl.float64)
-    for first in range(0, per_unit, COLUMNS):
-        p = first + tl.arange(0, COLUMNS)
-        column = (j * unit_stride)[:, None] + (p * position_stride)[None, :]
-        mask = inside[:, None] & (p < per_unit)[None, :]
-        term = tl.full(column.shape, 1.0, tl.float64)
-        if ACTIVATION:
-            at = _field(addresses, A_ACTIVATION, tl.float64) + first_column + column
-            term = tl.load(at, mask, 0)
-            for job in range(first_job, last_job):
-                sums = _pointer(workspace + tl.load(jobs + job * JOB + J_TOTAL), tl.float64)
-                term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
-            if DIVIDE:
-                term /= count.to(tl.float64)
-        if OUTGOING:
-            weight = tl.zeros(column.shape, tl.float64)
-            for f in tl.range(0, fold, loop_unroll_factor=AHEAD):
-                weight += tl.load(totals + column * fold + f, mask, 0, cache_modifier=".cg")
-            term *= weight
-        terms += tl.where(mask, term, 0.0)
-        if MEAN:
-            from_here = first_column + column
-            feature = _field(addresses, A_FEATURE, tl.float64) + from_here
-            running = _field(addresses, A_RUNNING_MEAN, tl.float64) + from_here
-            decay = tl.load(_field(addresses, A_HYPER, tl.float64) + 2)
-            mean, before = tl.load(feature, mask, 0) / count.to(tl.float64), tl.load(running, mask, 0)
-            # no warp may write what another has still to read
-            tl.debug_barrier()
-            now = tl.where(tl.abs(mean) < float("inf"), decay * before + (1.0 - decay) * mean, before)
-            tl.store(running, now, mask)
-            tl.store(feature, 0.0, mask)
-        if ACTIVATION:
-            tl.debug_barrier()
-            tl.store(_field(addresses, A_ACTIVATION, tl.float64) + first_column + column, 0.0, mask)
-    return tl.sum(terms, 1)
-
-
-@triton.jit
-def _reader_sums(
-    j, inside, group, readers, jobs, addresses, workspace,
-    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """`_reader_terms` over all readers that were reached."""
-    y = tl.zeros(j.shape, tl.float64)
-    counts = _field(addresses, A_COUNT, tl.int64)
-    first_reader = tl.load(group + G_FIRST_READER)
-    for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
-        reader = readers + r * READER
-        count = tl.load(counts + r) + tl.load(reader + R_SAMPLES)
-        if count > 0:
-            y += _reader_terms(
-                j, inside, reader, count, jobs, addresses, workspace, ACTIVATION, OUTGOING, DIVIDE, MEAN, COLUMNS
-            )
-    return y
-
-
-@triton.jit
-def _reached(group, readers, addresses):
-    """Samples that the group's readers saw, and elements a unit of the weights of those that saw some; float64."""
-    samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    counts = _field(addresses, A_COUNT, tl.int64)
-    first_reader = tl.load(group + G_FIRST_READER)
-    for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
-        reader = readers + r * READER
-        count = tl.load(counts + r) + tl.load(reader + R_SAMPLES)
-        samples += count.to(tl.float64)
-        elements += tl.where(count > 0, tl.load(reader + R_ELEMENTS).to(tl.float64), 0.0)
-    return samples, elements
-
-
-@triton.jit
-def _utility_now(
-    b, group, readers, incoming, jobs, addresses, workspace,
-    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """y of a block of units, float64 [UNITS]: activation statistic x weight statistic; inf where nothing was seen."""
-    units, width = tl.load(group + G_UNITS), tl.load(group + G_WIDTH)
-    j = b * width + tl.arange(0, UNITS)
-    inside = (tl.arange(0, UNITS) < width) & (j < units)
-    samples, elements = _reached(group, readers, addresses)
-    y = tl.full([UNITS], float("inf"), tl.float64)
-    if samples > 0:
-        # clarena has one mean over all readers: sums first, one division at the end
-        if tl.load(group + G_PER_UNIT) == 1:
-            y = _reader_sums(
-                j, inside, group, readers, jobs, addresses, workspace, ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1
-            )
-        else:
-            few = b * width + tl.arange(0, FEWER_UNITS)
-            sums = _reader_sums(
-                few, few < units, group, readers, jobs, addresses, workspace,
-                ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, POSITIONS,
-            )  # fmt: skip
-            # from one layout in registers to the other by way of memory
-            place = _pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units
-            tl.store(place + few, sums, few < units)
-            tl.debug_barrier()
-            y = tl.load(place + j, inside, 0)
-        if INCOMING != 0:
-            rows = tl.zeros(j.shape, tl.float64)
-            first_incoming = tl.load(group + G_FIRST_INCOMING)
-            for n in range(first_incoming, first_incoming + tl.load(group + G_INCOMING)):
-                total = tl.load(jobs + tl.load(incoming + 2 * n) * JOB + J_TOTAL)
-                per_unit = tl.load(incoming + 2 * n + 1)
-                for p in range(per_unit):
-                    sums = _pointer(workspace + total, tl.float64) + j * per_unit + p
-                    rows += tl.load(sums, inside, 0, cache_modifier=".cg")
-        if INCOMING == 1:
-            y = y / samples * tl.where(inside, rows, 1.0)
-        else:
-            if OUTGOING != 1:
-                y = y / elements
-            if INCOMING == 2:
-                y = y / (tl.where(inside, rows, 1.0) / tl.load(group + G_FAN_IN).to(tl.float64))
-    return y
-
-
-@triton.jit
-def _block_place(group, workspace, number: tl.constexpr):
-    """One of the four numbers of each block of units."""
-    place = _pointer(workspace + tl.load(group + G_KEYS), tl.int64) + 2 * tl.load(group + G_UNITS)
-    return place + number * tl.load(group + G_BLOCKS)
+    term = tl.full(column.shape, 1.0, tl.float64)
+    at = activation + first_column + column
+    if ACTIVATION:
+        term = tl.load(at, mask, 0)
+        if num_jobs > 0:
+            sums = _place(workspace, activation_total)
+            term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
+        # of an activation seen in several forwards, or with more axes than one sum has
+        for job in range(first_job + 1, first_job + num_jobs):
+            sums = _pointer(workspace + tl.load(jobs + job * JOB + J_TOTAL), tl.float64)
+            term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
+        if DIVIDE:
+            term /= count.to(tl.float64)
+    if OUTGOING:
+        weight = tl.zeros(column.shape, tl.float64)
+        totals = _place(workspace, weight_total)
+        for f in tl.range(0, fold, loop_unroll_factor=AHEAD):
+            weight += tl.load(totals + column.to(tl.int64) * fold + f, mask, 0, cache_modifier=".cg")
+        term *= weight
+    if MEAN:
+        feature = _field(addresses, A_FEATURE, tl.float64) + first_column + column
+        running = _field(addresses, A_RUNNING_MEAN, tl.float64) + first_column + column
+        mean, before = tl.load(feature, mask, 0) / count.to(tl.float64), tl.load(running, mask, 0)
+        # no warp may write what another has still to read
+        tl.debug_barrier()
+        now = tl.where(tl.abs(mean) < float("inf"), decay * before + (1.0 - decay) * mean, before)
+        tl.store(running, now, mask)
+        tl.store(feature, 0.0, mask)
+    if ACTIVATION:
+        tl.debug_barrier()
+        tl.store(at, 0.0, mask)
+    return tl.where(mask, tl.where(count > 0, term, 0.0), 0.0)
 
 
 @triton.jit
 def _score(
-    y, b, g, group, addresses, workspace, least, span,
+    y, r, row, j, inside, u, a, maturity, decay, log_decay, least, span, blocks, addresses, keys,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
     """A block of units from y to keys: what is less is chosen first, the lower unit of equals.
@@ -547,18 +493,6 @@ def _score(
     Only the finite scores of mature units are candidates.
     """
     U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-    units, width, first_unit = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_FIRST_UNIT)
-    hyper = _field(addresses, A_HYPER, tl.float64)
-    maturity, decay, log_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
-    utility = _field(addresses, A_UTILITY, U) + first_unit
-    ages = _field(addresses, A_AGE, tl.int32) + first_unit
-    is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32) + first_unit
-    keys = _pointer(workspace + tl.load(group + G_KEYS), tl.int64)
-    j = b * width + tl.arange(0, UNITS)
-    inside = (tl.arange(0, UNITS) < width) & (j < units)
-    u, a = tl.load(utility + j, inside, 0), tl.load(ages + j, inside, 0)
-    # no warp may write what another has still to read
-    tl.debug_barrier()
     y = y.to(U)
     finite = tl.abs(y) < float("inf")
     if MIN_MAX:
@@ -568,14 +502,11 @@ def _score(
         y = tl.zeros_like(y)
     u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
     a += finite.to(tl.int32)
-    tl.store(utility + j, u, inside)
-    tl.store(ages + j, a, inside)
-    tl.store(is_chosen + j, 0, inside)
     mature = inside & (a.to(tl.float64) > maturity)
     if SCORE == 2:
         step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
         seed = tl.load(_field(addresses, A_SEED, tl.int64))
-        score = _unit_uniform(j, seed, step, tl.load(group + G_STREAM)).to(U)
+        score = _unit_uniform(j.to(tl.int64), seed, step, tl.load(row + B_STREAM).to(tl.int64)).to(U)
     else:
         divisor = a.to(tl.float64) if SCORE == 1 else tl.where(decay > 0, _bias_correction(a, log_decay), 1.0)
         score = (u.to(tl.float64) / tl.where(a > 0, divisor, 1.0)).to(U)
@@ -584,10 +515,9 @@ def _score(
     score = tl.minimum(tl.where(candidate, score, 0.0).to(tl.float32), 3.4028234663852886e38)
     key = tl.where(candidate, (_ordered(score).to(tl.int64) << 32) | j, NEVER)
     tl.store(keys + j, key, inside)
-    tl.store(_block_place(group, workspace, 0) + b, tl.min(key, 0))
     # both counts in one
     stats = tl.sum(mature.to(tl.int32), 0).to(tl.int64) << 32 | tl.sum(candidate.to(tl.int32), 0).to(tl.int64)
-    tl.store(_block_place(group, workspace, 1) + b, stats)
+    return u, a, tl.min(key, 0), stats
 
 
 @triton.jit
@@ -601,90 +531,213 @@ def _least(minima, blocks):
 
 
 @triton.jit
-def _choose(
-    g, group, readers, addresses, workspace, counters, ACCRUAL: tl.constexpr, COUNT: tl.constexpr
+def _finish(
+    r, blocks_table, jobs, readers, incoming, addresses, workspace, counters,
+    SUMMED: tl.constexpr, ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
+    MIN_MAX: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr, WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
-    """A group's choice from the keys of its blocks, by the program that came last; the last group counts the step."""
-    units, width, blocks = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_BLOCKS)
-    first_unit, ranked = tl.load(group + G_FIRST_UNIT), tl.load(group + G_RANKED)
-    minima, stats = _block_place(group, workspace, 0), _block_place(group, workspace, 1)
-    chosen = _field(addresses, A_CHOSEN, tl.int32) + first_unit
-    is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32) + first_unit
-    rate = tl.load(_field(addresses, A_HYPER, tl.float64))
-    pending = tl.load(_field(addresses, A_PENDING, tl.float64) + g)
-    num_replaced = tl.load(_field(addresses, A_NUM_REPLACED, tl.int64) + g)
-    samples, _ = _reached(group, readers, addresses)
-    reached = samples > 0
-    key = _least(minima, blocks)
-    total = tl.zeros([BLOCK], tl.int64)
-    for first in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
-        b = first + tl.arange(0, BLOCK)
-        total += tl.load(stats + b, b < blocks, 0, cache_modifier=".cg")
-    counted = tl.sum(total, 0)
+    """Count one more of the sums of block r of units in; the last one brings it from sums to keys.
 
-    mature = (counted >> 32).to(tl.float64)
-    if ACCRUAL == 1:
-        mature = tl.where(mature > 0, units.to(tl.float64), 0.0)
-    due = rate * mature
-    if ACCRUAL == 2:
-        due = tl.floor(due)
-    pending += due
-    if COUNT == 2:
-        wanted = tl.where(pending > 1, 1.0, 0.0)
-    elif COUNT == 0:
-        wanted = tl.floor(pending)
-    else:
-        # the coin's element follows those of the random scores; a step in which the group was reached counts
-        step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
-        seed = tl.load(_field(addresses, A_SEED, tl.int64))
-        coin = _unit_uniform(units, seed, step, tl.load(group + G_STREAM)).to(tl.float64)
-        wanted = tl.floor(due) + tl.where(coin < due - tl.floor(due), 1.0, 0.0)
-    k = tl.minimum(wanted, (counted & 0xFFFFFFFF).to(tl.float64)).to(tl.int32)
-    k = tl.where(reached, k, 0)
-    # what was loaded above must be there for all warps before it changes
-    tl.debug_barrier()
-    if reached:
-        if COUNT != 1:
-            tl.store(_field(addresses, A_PENDING, tl.float64) + g, pending - k.to(tl.float64))
-        tl.store(_field(addresses, A_NUM_REPLACED, tl.int64) + g, num_replaced + k)
-    tl.store(_field(addresses, A_NUM_CHOSEN, tl.int32) + g, k)
+    The last block of a group chooses, the last group counts the step. SUMMED: in a launch that has summed; the other
+    one has what is left to do.
+    """
+    U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
+    # what is not summed in this launch is asked for before the counters: then nothing but sums is waited for after them
+    row = blocks_table + r * BLOCK_ROW
+    g, b, first, here = tl.load(row + B_GROUP), tl.load(row + B_NUMBER), tl.load(row + B_FIRST), tl.load(row + B_HERE)
+    units, blocks, unit = tl.load(row + B_UNITS), tl.load(row + B_BLOCKS), tl.load(row + B_UNIT)
+    needed, per_unit = tl.load(row + B_EXPECTED), tl.load(row + B_PER_UNIT)
+    keys_at = tl.load(row + B_KEYS)
+    first_reader, num_readers = tl.load(row + B_FIRST_READER), tl.load(row + B_READERS)
     counts = _field(addresses, A_COUNT, tl.int64)
-    first_reader = tl.load(group + G_FIRST_READER)
-    for r in range(first_reader, first_reader + tl.load(group + G_READERS)):
-        tl.store(counts + r, 0)
-    one_by_one = tl.where((ranked != 0) & (k > MANY), 0, k)
-    keys = _pointer(workspace + tl.load(group + G_KEYS), tl.int64)
-    for n in range(one_by_one):
-        unit = key & 0x7FFFFFFF
-        tl.store(chosen + n, unit.to(tl.int32))
-        tl.store(is_chosen + unit, 1)
-        if n + 1 < one_by_one:
-            # the block that it was of is left with its next one
-            b = unit // width
-            j = b * width + tl.arange(0, UNITS)
-            inside = (tl.arange(0, UNITS) < width) & (j < units)
-            of_block = tl.load(keys + j, inside, NEVER, cache_modifier=".cg")
-            left = tl.min(tl.where(of_block > key, of_block, NEVER), 0)
-            tl.debug_barrier()
-            tl.store(minima + b, left)
-            tl.debug_barrier()
-            key = _least(minima, blocks)
-
-    num_groups = tl.load(addresses + A_NUM_GROUPS).to(tl.int32)
-    # groups in the lower half, those that were reached in the upper one
-    arrived = _arrive(counters + num_groups, 1 + (reached.to(tl.int32) << 16))
-    if (arrived & 0xFFFF) == num_groups - 1:
-        steps = _field(addresses, A_STEP, tl.int64)
-        before = tl.load(steps)
-        # every warp has read before one writes
-        tl.debug_barrier()
-        tl.store(steps, before + (((arrived >> 16) > 0) | reached).to(tl.int64))
-        tl.store(counters + num_groups, 0)
+    activation = _field(addresses, A_ACTIVATION, tl.float64)
+    utility = _field(addresses, A_UTILITY, U) + unit
+    ages = _field(addresses, A_AGE, tl.int32) + unit
+    hyper = _field(addresses, A_HYPER, tl.float64)
+    maturity, decay, log_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
+    lane = tl.arange(0, UNITS)
+    inside, j = lane < here, first + lane
+    last_reader = first_reader + num_readers - 1
+    (
+        counted, low_held, high_held, column_, unit_stride, position_stride, num_jobs, activation_total, first_job,
+        weight_total, fold, of_unit,
+    ) = _reader(readers, first_reader, last_reader, counts)  # fmt: skip
+    if INCOMING != 0:
+        first_incoming, num_incoming = tl.load(row + B_FIRST_INCOMING), tl.load(row + B_INCOMING)
+    u, a = tl.load(utility + lane, inside, 0), tl.load(ages + lane, inside, 0)
+    mine = 1 == 1
+    if SUMMED:
+        mine = _arrive(counters + r, 1) == needed - 1
+    if mine:
+        if SUMMED:
+            tl.store(counters + r, 0)
+        keys = _place(workspace, keys_at).to(tl.pointer_type(tl.int64))
+        least, span = tl.full([], 0.0, U), tl.full([], 1.0, U)
+        samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+        if MIN_MAX and not SUMMED:
+            # y is there
+            y = tl.load(keys.to(tl.pointer_type(tl.float64)) + units + j, inside, float("inf"))
+            lows = (keys + 2 * units + 2 * blocks).to(tl.pointer_type(tl.float64))
+            low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+            for start in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
+                i = start + tl.arange(0, BLOCK)
+                low = tl.minimum(low, tl.load(lows + i, i < blocks, float("inf")))
+                high = tl.maximum(high, tl.load(lows + blocks + i, i < blocks, float("-inf")))
+            least = tl.min(low, 0).to(U)
+            span = tl.max(high, 0).to(U) - least + tl.full([], 1e-8, U)
+            for each in range(first_reader, last_reader + 1):
+                other = readers + each * READER
+                low_held, high_held = tl.load(other + R_SAMPLES), tl.load(other + R_MORE_SAMPLES)
+                samples += _samples(tl.load(counts + each), low_held, high_held).to(tl.float64)
+        else:
+            y = tl.zeros([UNITS], tl.float64)
+            few = first + tl.arange(0, FEWER_UNITS)
+            of_few = tl.zeros([FEWER_UNITS, POSITIONS], tl.float64)
+            for nth in range(num_readers):
+                count = _samples(counted, low_held, high_held)
+                if per_unit == 1:
+                    y += _column_terms(
+                        j * unit_stride, inside, count, column_, num_jobs, activation_total, first_job, weight_total,
+                        fold, jobs, activation, addresses, workspace, decay,
+                        ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 4,
+                    )  # fmt: skip
+                else:
+                    for start in range(0, per_unit, POSITIONS):
+                        p = start + tl.arange(0, POSITIONS)
+                        column = (few * unit_stride)[:, None] + (p * position_stride)[None, :]
+                        mask = (few < first + here)[:, None] & (p < per_unit)[None, :]
+                        of_few += _column_terms(
+                            column, mask, count, column_, num_jobs, activation_total, first_job, weight_total,
+                            fold, jobs, activation, addresses, workspace, decay,
+                            ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1,
+                        )  # fmt: skip
+                samples += count.to(tl.float64)
+                elements += tl.where(count > 0, of_unit.to(tl.float64), 0.0)
+                (
+                    counted, low_held, high_held, column_, unit_stride, position_stride, num_jobs, activation_total,
+                    first_job, weight_total, fold, of_unit,
+                ) = _reader(readers, first_reader + nth + 1, last_reader, counts)  # fmt: skip
+            if per_unit > 1:
+                # from one layout in registers to the other by way of memory
+                place = keys.to(tl.pointer_type(tl.float64)) + units
+                tl.store(place + few, tl.sum(of_few, 1), few < first + here)
+                tl.debug_barrier()
+                y = tl.load(place + j, inside, 0)
+            if INCOMING != 0:
+                rows = tl.zeros(j.shape, tl.float64)
+                for maker in range(first_incoming, first_incoming + num_incoming):
+                    made, of_each = tl.load(incoming + 2 * maker), tl.load(incoming + 2 * maker + 1)
+                    for part in range(of_each):
+                        sums = _place(workspace, made) + j * of_each + part
+                        rows += tl.load(sums, inside, 0, cache_modifier=".cg")
+            if INCOMING == 1:
+                # clarena has one mean over all readers: sums first, one division at the end
+                y = y / samples * tl.where(inside, rows, 1.0)
+            else:
+                if OUTGOING != 1:
+                    y = y / elements
+                if INCOMING == 2:
+                    y = y / (tl.where(inside, rows, 1.0) / tl.load(row + B_FAN_IN).to(tl.float64))
+            # what nothing was seen of holds its units
+            y = tl.where(samples > 0, y, float("inf"))
+        reached = samples > 0
+        if MIN_MAX and SUMMED:
+            # `score` goes on when all blocks of the group are there
+            tl.store(keys.to(tl.pointer_type(tl.float64)) + units + j, y, inside)
+            finite = inside & (tl.abs(y.to(U)) < float("inf"))
+            lows = (keys + 2 * units + 2 * blocks).to(tl.pointer_type(tl.float64))
+            tl.store(lows + b, tl.min(tl.where(finite, y, float("inf")), 0))
+            tl.store(lows + blocks + b, tl.max(tl.where(finite, y, float("-inf")), 0))
+        else:
+            minima, stats = keys + 2 * units, keys + 2 * units + blocks
+            u, a, key, of_block = _score(
+                y, r, row, j, inside, u, a, maturity, decay, log_decay, least, span, blocks, addresses, keys,
+                MIN_MAX, SCORE, WIDE_UTILITY,
+            )  # fmt: skip
+            tl.store(utility + lane, u, inside)
+            tl.store(ages + lane, a, inside)
+            is_chosen = _field(addresses, A_IS_CHOSEN, tl.int32) + (unit - first)
+            tl.store(is_chosen + j, 0, inside)
+            tl.store(minima + b, key)
+            tl.store(stats + b, of_block)
+            # as before: what does not wait for others is under way while they are counted
+            pendings = _field(addresses, A_PENDING, tl.float64) + g
+            totals_replaced = _field(addresses, A_NUM_REPLACED, tl.int64) + g
+            num_chosen = _field(addresses, A_NUM_CHOSEN, tl.int32) + g
+            chosen = _field(addresses, A_CHOSEN, tl.int32) + (unit - first)
+            num_groups, num_blocks = tl.load(addresses + A_NUM_GROUPS), tl.load(addresses + A_NUM_BLOCKS)
+            width, ranked, rate = tl.load(row + B_WIDTH), tl.load(row + B_RANKED), tl.load(hyper)
+            pending, num_replaced = tl.load(pendings), tl.load(totals_replaced)
+            if _arrive(counters + num_blocks + g, 1) == blocks - 1:
+                tl.store(counters + num_blocks + g, 0)
+                key = _least(minima, blocks)
+                both = tl.zeros([BLOCK], tl.int64)
+                for start in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
+                    i = start + tl.arange(0, BLOCK)
+                    both += tl.load(stats + i, i < blocks, 0, cache_modifier=".cg")
+                in_all = tl.sum(both, 0)
+                mature = (in_all >> 32).to(tl.float64)
+                if ACCRUAL == 1:
+                    mature = tl.where(mature > 0, units.to(tl.float64), 0.0)
+                due = rate * mature
+                if ACCRUAL == 2:
+                    due = tl.floor(due)
+                pending += due
+                if COUNT == 2:
+                    wanted = tl.where(pending > 1, 1.0, 0.0)
+                elif COUNT == 0:
+                    wanted = tl.floor(pending)
+                else:
+                    # the coin's element follows those of the random scores; a step that reached the group counts
+                    step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
+                    seed = tl.load(_field(addresses, A_SEED, tl.int64))
+                    coin = _unit_uniform(units.to(tl.int64), seed, step, tl.load(row + B_STREAM).to(tl.int64)).to(
+                        tl.float64
+                    )
+                    wanted = tl.floor(due) + tl.where(coin < due - tl.floor(due), 1.0, 0.0)
+                k = tl.minimum(wanted, (in_all & 0xFFFFFFFF).to(tl.float64)).to(tl.int32)
+                k = tl.where(reached, k, 0)
+                # what was loaded above must be there for all warps before it changes
+                tl.debug_barrier()
+                if reached:
+                    if COUNT != 1:
+                        tl.store(pendings, pending - k.to(tl.float64))
+                    tl.store(totals_replaced, num_replaced + k)
+                tl.store(num_chosen, k)
+                for each in range(first_reader, last_reader + 1):
+                    tl.store(counts + each, 0)
+                one_by_one = tl.where((ranked != 0) & (k > MANY), 0, k)
+                for n in range(one_by_one):
+                    least_unit = key & 0x7FFFFFFF
+                    tl.store(chosen + n, least_unit.to(tl.int32))
+                    tl.store(is_chosen + least_unit, 1)
+                    if n + 1 < one_by_one:
+                        # the block that it was of is left with its next one
+                        of = least_unit // width
+                        in_block = of * width + lane
+                        others = tl.load(
+                            keys + in_block, (lane < width) & (in_block < units), NEVER, cache_modifier=".cg"
+                        )
+                        left = tl.min(tl.where(others > key, others, NEVER), 0)
+                        tl.debug_barrier()
+                        tl.store(minima + of, left)
+                        tl.debug_barrier()
+                        key = _least(minima, blocks)
+                # groups in the lower half, those that were reached in the upper one
+                groups_here = counters + num_blocks + num_groups
+                arrived = _arrive(groups_here, 1 + (reached.to(tl.int32) << 16))
+                if (arrived & 0xFFFF) == num_groups - 1:
+                    steps = _field(addresses, A_STEP, tl.int64)
+                    before = tl.load(steps)
+                    # every warp has read before one writes
+                    tl.debug_barrier()
+                    tl.store(steps, before + (((arrived >> 16) > 0) | reached).to(tl.int64))
+                    tl.store(groups_here, 0)
 
 
 @triton.jit
 def select(
-    tiles, jobs, tensors, groups, readers, incoming, expected, addresses, workspace_tensor, counters,
+    tiles, jobs, tensors, blocks, readers, incoming, addresses, workspace_tensor, counters,
     TYPES: tl.constexpr, ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr,
     WIDE_UTILITY: tl.constexpr,
@@ -698,118 +751,65 @@ def select(
     that. With MIN_MAX it ends with y, and the least and greatest of each block: `score` does the rest.
 
     Args:
-        tiles: int32 [programs, 5], job, block of outputs, split, and the first and number of the blocks of units, of
-            its group, whose sums these are; after the last block comes the first.
-        jobs, groups, readers, addresses: int64 tables of `Job`, `Group`, `Reader`, `Addresses`.
+        tiles: int32 [programs, 7], job, block of outputs, split, and the blocks of units whose sums these are: the
+            first, how many, and where they go on with the first of the group: after the last, so many before it.
+        jobs, addresses: int64 tables of `Job`, `Addresses`.
+        blocks, readers: int32 tables of `Block`, `Reader`.
         tensors: int64 [jobs], the address of each job's first element.
-        incoming: int64 [-, 2], job and outputs a unit of each producer's sums.
-        expected: int32, how many blocks of outputs each block of units waits for.
+        incoming: int32 [-, 2], place in 8 bytes, and outputs a unit, of each producer's sums.
         workspace_tensor: the jobs' and groups' places, in bytes.
-        counters: int32, 0 between launches: one a group, one for the groups, one a block of units, one a block of
+        counters: int32, 0 between launches: one a block of units, one a group, one for the groups, one a block of
             outputs.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * 5
+    tile = tiles + tl.program_id(0).to(tl.int64) * 7
     number, block, split = tl.load(tile), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
-    first, touched = tl.load(tile + 3), tl.load(tile + 4)
     job, address = jobs + number * JOB, tl.load(tensors + number)
     workspace = workspace_tensor.to(tl.int64)
     if _sum_block(job, address, block, split, workspace_tensor, workspace, counters, TYPES, MAGNITUDES):
-        g = tl.load(job + J_GROUP)
-        group = groups + g * GROUP
-        first_block, blocks = tl.load(group + G_FIRST_BLOCK), tl.load(group + G_BLOCKS)
-        waits = counters + tl.load(addresses + A_NUM_GROUPS) + 1 + first_block
+        first, touched = tl.load(tile + 3), tl.load(tile + 4)
+        end, back = tl.load(tile + 5), tl.load(tile + 6)
         for n in range(first, first + touched):
-            b = tl.where(n < blocks, n, n - blocks)
-            needed = tl.load(expected + first_block + b)
-            if _arrive(waits + b, 1) == needed - 1:
-                tl.store(waits + b, 0)
-                y = _utility_now(
-                    b, group, readers, incoming, jobs, addresses, workspace, ACTIVATION, OUTGOING, INCOMING, MEAN
-                )
-                if MIN_MAX:
-                    _spread(y, b, group, workspace, WIDE_UTILITY)
-                else:
-                    _score(y, b, g, group, addresses, workspace, 0.0, 1.0, MIN_MAX, SCORE, WIDE_UTILITY)
-                    if _arrive(counters + g, 1) == blocks - 1:
-                        tl.store(counters + g, 0)
-                        _choose(g, group, readers, addresses, workspace, counters, ACCRUAL, COUNT)
-
-
-@triton.jit
-def _spread(y, b, group, workspace, WIDE_UTILITY: tl.constexpr):
-    """Leave y of a block of units for `score`, and its least and greatest finite values."""
-    U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-    units, width = tl.load(group + G_UNITS), tl.load(group + G_WIDTH)
-    j = b * width + tl.arange(0, UNITS)
-    inside = (tl.arange(0, UNITS) < width) & (j < units)
-    tl.store(_pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units + j, y, inside)
-    finite = inside & (tl.abs(y.to(U)) < float("inf"))
-    low, high = _block_place(group, workspace, 2), _block_place(group, workspace, 3)
-    tl.store(low.to(tl.pointer_type(tl.float64)) + b, tl.min(tl.where(finite, y, float("inf")), 0))
-    tl.store(high.to(tl.pointer_type(tl.float64)) + b, tl.max(tl.where(finite, y, float("-inf")), 0))
+            r = tl.where(n < end, n, n - back).to(tl.int64)
+            _finish(
+                r, blocks, jobs, readers, incoming, addresses, workspace, counters,
+                True, ACTIVATION, OUTGOING, INCOMING, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
+            )  # fmt: skip
 
 
 @triton.jit
 def score(
-    blocks_of, jobs, groups, readers, incoming, addresses, workspace_tensor, counters,
+    blocks, jobs, readers, incoming, addresses, workspace_tensor, counters,
     MIN_MAX: tl.constexpr, MEAN: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr,
     WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
     """A step's choice where y is not final before all of a group's are there, or needs no sums: one block of units.
 
     MIN_MAX: y = (y - min y) / (max y - min y + 1e-8) over the group. Reads 8 bytes a unit and 16 a block of the group.
-
-    Args:
-        blocks_of: int32 [programs, 2], the group and which of its blocks.
-        jobs, groups, readers, incoming, addresses, workspace_tensor, counters: as of `select`.
+    Arguments as of `select`.
     """
-    U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-    row = blocks_of + tl.program_id(0).to(tl.int64) * 2
-    g, b = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
-    group = groups + g * GROUP
-    workspace = workspace_tensor.to(tl.int64)
-    units, width, blocks = tl.load(group + G_UNITS), tl.load(group + G_WIDTH), tl.load(group + G_BLOCKS)
-    if MIN_MAX:
-        j = b * width + tl.arange(0, UNITS)
-        inside = (tl.arange(0, UNITS) < width) & (j < units)
-        places = _pointer(workspace + tl.load(group + G_KEYS), tl.float64) + units
-        y = tl.load(places + j, inside, float("inf"))
-        lows = _block_place(group, workspace, 2).to(tl.pointer_type(tl.float64))
-        highs = _block_place(group, workspace, 3).to(tl.pointer_type(tl.float64))
-        low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
-        for first in tl.range(0, blocks, BLOCK, loop_unroll_factor=4):
-            i = first + tl.arange(0, BLOCK)
-            low = tl.minimum(low, tl.load(lows + i, i < blocks, float("inf")))
-            high = tl.maximum(high, tl.load(highs + i, i < blocks, float("-inf")))
-        least = tl.min(low, 0).to(U)
-        span = tl.max(high, 0).to(U) - least + tl.full([], 1e-8, U)
-    else:
-        least, span = tl.full([], 0.0, U), tl.full([], 1.0, U)
-        y = _utility_now(b, group, readers, incoming, jobs, addresses, workspace, False, 0, 0, MEAN)
-    _score(y, b, g, group, addresses, workspace, least, span, MIN_MAX, SCORE, WIDE_UTILITY)
-    if _arrive(counters + g, 1) == blocks - 1:
-        tl.store(counters + g, 0)
-        _choose(g, group, readers, addresses, workspace, counters, ACCRUAL, COUNT)
+    _finish(
+        tl.program_id(0).to(tl.int64), blocks, jobs, readers, incoming, addresses, workspace_tensor.to(tl.int64),
+        counters, False, False, 0, 0, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
+    )  # fmt: skip
 
 
 @triton.jit
-def rank(blocks_of, groups, addresses, workspace_tensor):
+def rank(tiles, blocks, addresses, workspace_tensor):
     """chosen[number of lesser keys] = unit, for some units of a group that chooses more than MANY.
 
     Compares each of their keys with all of the group's: reads 8 bytes a unit of the group for each program.
 
     Args:
-        blocks_of: int32 [programs, 2], the group and which RANKED of its units.
-        groups, addresses, workspace_tensor: as of `select`.
+        tiles: int32 [programs, 2], the first block of a group and which RANKED of its units.
+        blocks, addresses, workspace_tensor: as of `select`.
     """
-    row = blocks_of + tl.program_id(0).to(tl.int64) * 2
-    g, b = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
-    group = groups + g * GROUP
-    k = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + g)
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    row, part = blocks + tl.load(tile).to(tl.int64) * BLOCK_ROW, tl.load(tile + 1).to(tl.int64)
+    k = tl.load(_field(addresses, A_NUM_CHOSEN, tl.int32) + tl.load(row + B_GROUP))
     if k > MANY:
-        units, first_unit = tl.load(group + G_UNITS), tl.load(group + G_FIRST_UNIT)
-        keys = _pointer(workspace_tensor.to(tl.int64) + tl.load(group + G_KEYS), tl.int64)
-        j = b * RANKED + tl.arange(0, RANKED)
+        units, first_unit = tl.load(row + B_UNITS), tl.load(row + B_UNIT)
+        keys = _place(workspace_tensor.to(tl.int64), tl.load(row + B_KEYS)).to(tl.pointer_type(tl.int64))
+        j = part * RANKED + tl.arange(0, RANKED)
         key = tl.load(keys + j, j < units, NEVER)
         lesser = tl.zeros([RANKED, UNITS], tl.int32)
         for first in tl.range(0, units, UNITS, loop_unroll_factor=4):
@@ -829,7 +829,7 @@ def capture(tiles, jobs, tensors, addresses, workspace_tensor, counters, TYPES: 
 
     SUM: VALUES adds up h itself, in `feature`; DISTANCES is of abs(h - hat).
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * 5
+    tile = tiles + tl.program_id(0).to(tl.int64) * 7
     number, block, split = tl.load(tile), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
     job, address = jobs + number * JOB, tl.load(tensors + number)
     workspace = workspace_tensor.to(tl.int64)
@@ -1129,7 +1129,7 @@ class Bias(NamedTuple):
     transfers: int
 
 
-B_ADDRESS, B_DTYPE, B_SIZE, B_STRIDE, B_FIRST, B_TRANSFERS, BIAS = map(tl.constexpr, range(len(Bias._fields) + 1))
+D_ADDRESS, D_DTYPE, D_SIZE, D_STRIDE, D_FIRST, D_TRANSFERS, BIAS = map(tl.constexpr, range(len(Bias._fields) + 1))
 
 
 @triton.jit
@@ -1177,14 +1177,14 @@ def transfer(tiles, biases, transfers, columns, addresses):
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     bias = biases + tl.load(tile) * BIAS
     o = tl.load(tile + 1).to(tl.int64) * UNITS + tl.arange(0, UNITS)
-    inside = o < tl.load(bias + B_SIZE)
+    inside = o < tl.load(bias + D_SIZE)
     hyper = _field(addresses, A_HYPER, tl.float64)
     decay, log_decay = tl.load(hyper + 2), tl.load(hyper + 3)
-    address, dtype, offset = tl.load(bias + B_ADDRESS), tl.load(bias + B_DTYPE), o * tl.load(bias + B_STRIDE)
+    address, dtype, offset = tl.load(bias + D_ADDRESS), tl.load(bias + D_DTYPE), o * tl.load(bias + D_STRIDE)
     value = _load_as(address, dtype, offset, inside)
     before = value
-    first = tl.load(bias + B_FIRST)
-    for t in range(first, first + tl.load(bias + B_TRANSFERS)):
+    first = tl.load(bias + D_FIRST)
+    for t in range(first, first + tl.load(bias + D_TRANSFERS)):
         row = transfers + t * TRANSFER
         unit_columns = columns + tl.load(row + F_COLUMNS) * COLUMNS
         first_unit = tl.load(unit_columns + C_FIRST_UNIT)

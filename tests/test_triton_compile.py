@@ -189,8 +189,8 @@ MUTANTS = {"relaxed": relaxed, "no barrier before": without_barrier(True), "no b
 COUNTERS = ("parts", "block of units", "group")
 
 
-# a group's counter needs no barrier of its own before it: the last one of the reductions comes after all stores but those
-# of the thread that counts
+# a group's counter needs no barrier of its own before it: the last one of the reductions comes after all stores but
+# those of the thread that counts
 NEEDED = [pair for pair in itertools.product(MUTANTS, COUNTERS) if pair != ("no barrier before", "group")]
 
 
