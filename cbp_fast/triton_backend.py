@@ -131,9 +131,19 @@ def _peeled(s: _Sum) -> list[_Sum]:
 
 
 def _blocks_of(state: State) -> list[tuple[int, int]]:
-    """Units that a block of each group has, and how many blocks there are."""
-    widths = [_UNITS if layout.columns_per_unit == 1 else _FEWER_UNITS for layout in state.layouts]
-    return [(width, -(-layout.num_units // width)) for width, layout in zip(widths, state.layouts, strict=True)]
+    """Units that a block of each group has, and how many blocks there are.
+
+    One program may have to finish all blocks whose sums are in one block of outputs: of units with several columns, as
+    many as those are of, and no more than pays.
+    """
+    found = []
+    for layout in state.layouts:
+        per_unit, unit_stride = layout.columns_per_unit, state.slots[layout.slots[0]].block.unit_stride
+        width = _UNITS
+        if per_unit > 1:
+            width = 32 if unit_stride == 1 else max(_FEWER_UNITS, min(32, _WIDE // per_unit))
+        found.append((width, -(-layout.num_units // width)))
+    return found
 
 
 class _Plan:

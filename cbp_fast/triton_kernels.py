@@ -21,8 +21,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(tl.constexpr, range(4))
 # a tile that sums along its first axis, its outputs neighbours in memory, has outputs x reduced elements of these
 # sizes; one that sums along neighbours has them the other way round; of float64 half as many are reduced
 WIDE, NARROW = tl.constexpr(128), tl.constexpr(16)
-# units that one program brings from sums to scores; of units of several columns fewer, so many columns at a time
-UNITS, FEWER_UNITS, POSITIONS = tl.constexpr(128), tl.constexpr(8), tl.constexpr(32)
+# units that one program brings from sums to scores; of units of several columns fewer are summed, so many columns at a
+# time
+UNITS, FEWER_UNITS, POSITIONS = tl.constexpr(128), tl.constexpr(4), tl.constexpr(32)
 # units that one program of `rank` compares with all others
 RANKED = tl.constexpr(16)
 # blocks of units that the last program of a group looks at, and elements that one of `reinit` sets, at once
@@ -542,7 +543,7 @@ def _finish(
     one has what is left to do.
     """
     U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
-    # what is not summed in this launch is asked for before the counters: then nothing but sums is waited for after them
+    # where everything is, is asked for before the counter: after it nothing but the sums is waited for
     row = blocks_table + r * BLOCK_ROW
     g, b, first, here = tl.load(row + B_GROUP), tl.load(row + B_NUMBER), tl.load(row + B_FIRST), tl.load(row + B_HERE)
     units, blocks, unit = tl.load(row + B_UNITS), tl.load(row + B_BLOCKS), tl.load(row + B_UNIT)
@@ -554,7 +555,6 @@ def _finish(
     utility = _field(addresses, A_UTILITY, U) + unit
     ages = _field(addresses, A_AGE, tl.int32) + unit
     hyper = _field(addresses, A_HYPER, tl.float64)
-    maturity, decay, log_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
     lane = tl.arange(0, UNITS)
     inside, j = lane < here, first + lane
     last_reader = first_reader + num_readers - 1
@@ -564,13 +564,15 @@ def _finish(
     ) = _reader(readers, first_reader, last_reader, counts)  # fmt: skip
     if INCOMING != 0:
         first_incoming, num_incoming = tl.load(row + B_FIRST_INCOMING), tl.load(row + B_INCOMING)
-    u, a = tl.load(utility + lane, inside, 0), tl.load(ages + lane, inside, 0)
     mine = 1 == 1
     if SUMMED:
         mine = _arrive(counters + r, 1) == needed - 1
     if mine:
         if SUMMED:
             tl.store(counters + r, 0)
+        # on their way together with the sums
+        maturity, decay, log_decay = tl.load(hyper + 1), tl.load(hyper + 2), tl.load(hyper + 3)
+        u, a = tl.load(utility + lane, inside, 0), tl.load(ages + lane, inside, 0)
         keys = _place(workspace, keys_at).to(tl.pointer_type(tl.int64))
         least, span = tl.full([], 0.0, U), tl.full([], 1.0, U)
         samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -591,26 +593,31 @@ def _finish(
                 samples += _samples(tl.load(counts + each), low_held, high_held).to(tl.float64)
         else:
             y = tl.zeros([UNITS], tl.float64)
-            few = first + tl.arange(0, FEWER_UNITS)
-            of_few = tl.zeros([FEWER_UNITS, POSITIONS], tl.float64)
+            places = keys.to(tl.pointer_type(tl.float64)) + units
             for nth in range(num_readers):
                 count = _samples(counted, low_held, high_held)
                 if per_unit == 1:
                     y += _column_terms(
                         j * unit_stride, inside, count, column_, num_jobs, activation_total, first_job, weight_total,
                         fold, jobs, activation, addresses, workspace, decay,
-                        ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 4,
+                        ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1 if MEAN else 4,
                     )  # fmt: skip
                 else:
-                    for start in range(0, per_unit, POSITIONS):
-                        p = start + tl.arange(0, POSITIONS)
-                        column = (few * unit_stride)[:, None] + (p * position_stride)[None, :]
-                        mask = (few < first + here)[:, None] & (p < per_unit)[None, :]
-                        of_few += _column_terms(
-                            column, mask, count, column_, num_jobs, activation_total, first_job, weight_total,
-                            fold, jobs, activation, addresses, workspace, decay,
-                            ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1,
-                        )  # fmt: skip
+                    for start in range(0, here, FEWER_UNITS):
+                        few = first + start + tl.arange(0, FEWER_UNITS)
+                        terms = tl.zeros([FEWER_UNITS, POSITIONS], tl.float64)
+                        for position in range(0, per_unit, POSITIONS):
+                            p = position + tl.arange(0, POSITIONS)
+                            column = (few * unit_stride)[:, None] + (p * position_stride)[None, :]
+                            mask = (few < first + here)[:, None] & (p < per_unit)[None, :]
+                            terms += _column_terms(
+                                column, mask, count, column_, num_jobs, activation_total, first_job, weight_total,
+                                fold, jobs, activation, addresses, workspace, decay,
+                                ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1,
+                            )  # fmt: skip
+                        earlier = tl.load(places + few, (few < first + here) & (few * 0 + nth > 0), 0)
+                        tl.debug_barrier()
+                        tl.store(places + few, earlier + tl.sum(terms, 1), few < first + here)
                 samples += count.to(tl.float64)
                 elements += tl.where(count > 0, of_unit.to(tl.float64), 0.0)
                 (
@@ -619,10 +626,8 @@ def _finish(
                 ) = _reader(readers, first_reader + nth + 1, last_reader, counts)  # fmt: skip
             if per_unit > 1:
                 # from one layout in registers to the other by way of memory
-                place = keys.to(tl.pointer_type(tl.float64)) + units
-                tl.store(place + few, tl.sum(of_few, 1), few < first + here)
                 tl.debug_barrier()
-                y = tl.load(place + j, inside, 0)
+                y = tl.load(places + j, inside, 0)
             if INCOMING != 0:
                 rows = tl.zeros(j.shape, tl.float64)
                 for maker in range(first_incoming, first_incoming + num_incoming):

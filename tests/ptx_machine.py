@@ -216,7 +216,9 @@ class Assembler:
                 self.labels[statement[:-1]] = len(self.text)
             elif statement and not statement.startswith("."):
                 self.text.append(statement)
-        firsts = set(self.labels.values())
+        # what is jumped to; other labels are for debuggers
+        jumps = (re.search(r"\bbra(?:\.uni)?\s+(\S+)$", statement) for statement in self.text)
+        firsts = {self.labels[jump[1]] for jump in jumps if jump}
         self.code = [self.instruction(statement, i in firsts) for i, statement in enumerate(self.text)]
 
     def instruction(self, statement, is_first):
