@@ -1,6 +1,8 @@
 """What the Triton kernels take on each GPU they are compiled for, and what a step moves; no GPU is needed.
 
 TRITON_INTERPRET=0 python benchmarks/triton_targets.py    # writes benchmarks/results/triton_targets.md
+
+With a column for each Triton that `make test-triton VERSION=...` has been run with.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from gpu import NETS, build  # noqa: E402
 from triton_tail import tail_table  # noqa: E402
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup  # noqa: E402
-from cbp_fast.triton_backend import _Step, meta_of  # noqa: E402
+from cbp_fast.triton_backend import _Step, kernels_of  # noqa: E402
 from cbp_fast.triton_kernels import FLOAT64, Job  # noqa: E402
 
 # registers, threads and programs that one multiprocessor holds, and its shared memory in bytes
@@ -43,22 +45,40 @@ def occupancy(target: str, registers: int, shared: int, threads: int = 128) -> i
 
 
 def kernels(target: str) -> dict[str, Specialisation]:
-    """What a network of one type takes for each rule, and all kinds of sums in one."""
-    one = 1 << 9 | 1 << 11
-    return {
-        "select, nature, float32": Specialisation.of(
-            "select", target, KINDS=one, **meta_of(Rule.nature(), False, False)
-        ),
-        "select, clarena, float32": Specialisation.of(
-            "select", target, KINDS=one, **meta_of(Rule.clarena(), False, False)
-        ),
-        "select, nature, every kind": Specialisation.of(
-            "select", target, KINDS=2**16 - 1, **meta_of(Rule.nature(), False, True)
-        ),
-        "capture, every kind": Specialisation.of("capture", target, KINDS=2**16 - 1),
-        "reinit, uniform": Specialisation.of("reinit", target, WIDE_UTILITY=False, DISTRIBUTION=0),
-        "reinit, normal": Specialisation.of("reinit", target, WIDE_UTILITY=False, DISTRIBUTION=1),
+    """What networks of one type take, by rule, and sums of every type in one."""
+    rules = {
+        "nature": (Rule.nature(), 1 << 2),
+        "clarena": (Rule.clarena(), 1 << 2),
+        "adaptable_contribution, transfer_bias": (Rule.gnt("adaptable_contribution", transfer_bias=True), 1 << 2),
+        "nature, normal, every type": (Rule.nature(init="normal"), 2**4 - 1),
     }
+    found = {}
+    for name, (rule, types) in rules.items():
+        for kernel, meta in kernels_of(rule, False, types, False):
+            what = {0: "abs(h), ", 1: "h, ", 2: "abs(h - hat), "}.get(meta.get("SUM"), "")
+            found.setdefault(
+                Specialisation.of(kernel.fn.__name__, target, **meta), f"{kernel.fn.__name__}, {what}{name}"
+            )
+    found[Specialisation.of("rank", target)] = "rank"
+    return {name: specialisation for specialisation, name in found.items()}
+
+
+def pythons() -> dict[str, str]:
+    """By version of Triton, an interpreter that has it: this one, and those that `make test-triton` has made."""
+    found = {triton.__version__: sys.executable}
+    for python in HERE.parent.glob(".venv-triton-*/bin/python"):
+        found[python.parts[-3].removeprefix(".venv-triton-")] = str(python)
+    return dict(sorted(found.items()))
+
+
+def of_versions(target: str) -> list[list[object]]:
+    """For each kernel what it takes with each Triton: registers, spilt bytes and instructions, 16-byte loads."""
+    rows: list[list[object]] = [[target, name] for name in kernels(target)]
+    for python in pythons().values():
+        for row, kernel in zip(rows, compiled(*kernels(target).values(), python=python), strict=True):
+            wide = len(re.findall(r"\bLDG\.E\.128\b", kernel.sass))
+            row.append(f"{kernel.registers}, {kernel.stack + kernel.spills}, {wide}")
+    return rows
 
 
 def bytes_of_step(name: str) -> tuple[int, int, int]:
@@ -67,14 +87,15 @@ def bytes_of_step(name: str) -> tuple[int, int, int]:
     model = nn.ModuleList(dict.fromkeys(layer for group in groups for layer in (*group.incoming, *group.outgoing)))
     state = ContinualBackprop(model, groups=groups, backend="reference")._engine.state
     weights = [ref.get() for ref in state.weights]
-    plan = _Step(state, weights, held, list(range(len(held))))
+    aligned = [0] * (len(weights) + len(held))
+    plan = _Step(state, weights, held, list(range(len(held))), aligned, ())
     besides = 0
-    for job in map(Job._make, plan.jobs.tolist()):
+    for job in map(Job._make, plan.jobs.view(-1, len(Job._fields)).tolist()):
         item = 8 if job.kind // 4 == FLOAT64.value else 4
         besides += job.outputs * (8 + (job.splits * item if job.splits > 1 else 0))
-    # each program its tile and job; each unit its y, key, utility and age
-    besides += len(plan.tiles) * (12 + 8 * len(Job._fields)) + state.age.numel() * (8 + 8 + 4 + 4)
-    return sum(t.nbytes for t in (*weights, *held)), besides, len(plan.tiles)
+    # each program its tile and job; each block of units its row, each unit its y, key, utility and age
+    besides += plan.programs * (28 + 8 * len(Job._fields)) + plan.blocks.nbytes + state.age.numel() * (8 + 8 + 4 + 4)
+    return sum(t.nbytes for t in (*weights, *held)), besides, plan.programs
 
 
 class Counter(TorchDispatchMode):
@@ -116,15 +137,12 @@ def table(head: list[str], rows: list[list[object]]) -> str:
 if __name__ == "__main__":
     rows: list[list[object]] = []
     for target in TARGETS:
-        for name, specialisation in kernels(target).items():
-            (kernel,) = compiled(specialisation)
-            loads = len(re.findall(r"\bLDG\.E\.128\b", kernel.sass)), len(re.findall(r"\bLDG\b", kernel.sass))
+        for name, kernel in zip(kernels(target), compiled(*kernels(target).values()), strict=True):
             resident = occupancy(target, kernel.registers, kernel.shared)
             percent = f"{100 * resident * 128 // THREADS[target]} %"
-            spilt = kernel.spills + kernel.stack
-            rows.append([target, name, kernel.registers, kernel.shared, spilt, resident, percent, loads[0], loads[1]])
-    head = ["target", "kernel", "registers", "shared bytes", "spills", "programs a multiprocessor", "of its threads"]
-    head += ["16-byte loads", "loads"]
+            rows.append([target, name, kernel.registers, kernel.shared, resident, percent])
+    head = ["target", "kernel", "registers", "shared bytes", "programs a multiprocessor", "of its threads"]
+    versions = [row for target in TARGETS for row in of_versions(target)]
     moved: list[list[object]] = []
     for name, net in NETS.items():
         need, besides, programs = bytes_of_step(name)
@@ -137,7 +155,10 @@ if __name__ == "__main__":
         f"Triton {triton.__version__}, PyTorch {torch.__version__}; 128 threads a program. "
         "Made by `TRITON_INTERPRET=0 python benchmarks/triton_targets.py`.\n\n"
         + table(head, rows)
-        + "\n\nThe loads are those in the code, not those that run.\n\nOne step of `nature`, by the kernel's tables; "
+        + "\n\n## With each Triton\n\nRegisters; bytes on the stack and instructions that spill, together; loads of 16 bytes "
+        "in the code.\n\n"
+        + table(["target", "kernel", *pythons()], versions)
+        + "\n\n## Bytes of a step\n\nOne step of `nature`, by the kernel's tables; "
         "the last column is an **estimate**, not a measurement: the first one at the 3.35 TB/s of an H100.\n\n"
         + table([*columns.split(","), "floor on an H100 (estimate)"], moved)
         + f"\n\n## After the last byte\n\n{tail_table()}\n"

@@ -75,11 +75,11 @@ def _compile(specialisation):
 
 
 @functools.cache
-def compiled(*specialisations):
-    """`Compiled` of each. Triton's own cache makes the second time quick."""
+def compiled(*specialisations, python=sys.executable):
+    """`Compiled` of each, by a Python's Triton. Triton's own cache makes the second time quick."""
     environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0"}
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, __file__, directory]
+        command = [str(python), __file__, directory]
         result = subprocess.run(
             command, input=json.dumps(specialisations), env=environment, text=True, capture_output=True, check=False
         )
