@@ -155,8 +155,8 @@ if __name__ == "__main__":
         f"Triton {triton.__version__}, PyTorch {torch.__version__}; 128 threads a program. "
         "Made by `TRITON_INTERPRET=0 python benchmarks/triton_targets.py`.\n\n"
         + table(head, rows)
-        + "\n\n## With each Triton\n\nRegisters; bytes on the stack and instructions that spill, together; loads of 16 bytes "
-        "in the code.\n\n"
+        + "\n\n## With each Triton\n\nRegisters; bytes on the stack and instructions that spill, together; loads of 16 "
+        "bytes in the code.\n\n"
         + table(["target", "kernel", *pythons()], versions)
         + "\n\n## Bytes of a step\n\nOne step of `nature`, by the kernel's tables; "
         "the last column is an **estimate**, not a measurement: the first one at the 3.35 TB/s of an H100.\n\n"

@@ -110,6 +110,7 @@ class _Awaited:
 
     backend = "not chosen before the first training forward"
     has_data = False
+    chooses_alone = False
     held_bytes = 0
     why_not_triton = None
     processes = None

@@ -812,3 +812,28 @@ def test_state_of_the_optimizer_is_followed():
             assert not optimizer.state[model[0].weight]["exp_avg"].any()
             assert not optimizer.state[model[2].weight]["exp_avg_sq"].any()
         change()
+
+
+def test_transfers_in_a_circle_of_layers(monkeypatch):
+    """What the first group drew anew is what the second one's replaced units gave: three launches, and two more."""
+    results, launched = [], []
+    launch = triton_kernels.launch
+    monkeypatch.setattr(
+        triton_kernels, "launch", lambda kernel, *args: launched.append(kernel.fn.__name__) or launch(kernel, *args)
+    )
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        there, back = nn.Linear(4, 8), nn.Linear(8, 4)
+        for layer in (there, back):
+            layer.weight.data.copy_(torch.randint(-3, 4, layer.weight.shape))
+        groups = [([there], [back]), ([back], [there])]
+        cbp = engine_of(groups, Rule.nature(transfer_bias=True), backend=backend, decay_rate=0.5)
+        for step in range(2):
+            for slot, units in enumerate((8, 4)):
+                cbp._engine.record(slot, torch.randint(-3, 4, (4, units)).float())
+            cbp.step()
+            assert len(cbp.last_replaced["g0"]) == 4, step
+        results.append([p.detach() for layer in (there, back) for p in layer.parameters()])
+    assert launched == ["capture", "capture", "select", "transfer", "reinit", "transfer", "reinit"] * 2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
