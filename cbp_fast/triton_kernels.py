@@ -533,14 +533,18 @@ def _least(minima, blocks):
 
 @triton.jit
 def _finish(
-    r, blocks_table, jobs, readers, incoming, addresses, workspace, counters,
+    r, arrives, mine, blocks_table, jobs, readers, incoming, addresses, workspace, counters,
     SUMMED: tl.constexpr, ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, ACCRUAL: tl.constexpr, COUNT: tl.constexpr, WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
-    """Count one more of the sums of block r of units in; the last one brings it from sums to keys.
+    """Bring block r of units from sums to keys, if all its sums are there.
 
     The last block of a group chooses, the last group counts the step. SUMMED: in a launch that has summed; the other
     one has what is left to do.
+
+    Args:
+        arrives: whether this program is to count its sums in.
+        mine: if not, whether it has, as the last one.
     """
     U: tl.constexpr = tl.float64 if WIDE_UTILITY else tl.float32
     # where everything is, is asked for before the counter: after it nothing but the sums is waited for
@@ -564,10 +568,9 @@ def _finish(
     ) = _reader(readers, first_reader, last_reader, counts)  # fmt: skip
     if INCOMING != 0:
         first_incoming, num_incoming = tl.load(row + B_FIRST_INCOMING), tl.load(row + B_INCOMING)
-    mine = 1 == 1
-    if SUMMED:
-        mine = _arrive(counters + r, 1) == needed - 1
-    if mine:
+    if SUMMED and arrives:
+        mine = (_arrive(counters + r, 1) == needed - 1).to(tl.int32)
+    if mine != 0:
         if SUMMED:
             tl.store(counters + r, 0)
         # on their way together with the sums
@@ -773,11 +776,18 @@ def select(
     if _sum_block(job, address, block, split, workspace_tensor, workspace, counters, TYPES, MAGNITUDES):
         first, touched = tl.load(tile + 3), tl.load(tile + 4)
         end, back = tl.load(tile + 5), tl.load(tile + 6)
+        # counted in for all before the first is finished, which the others need not wait for
+        # a bit for each; 128 units, of the least blocks that there are, make 33
+        last_of = tl.full([], 0, tl.int64)
+        for n in range(first + 1, first + touched):
+            r = tl.where(n < end, n, n - back).to(tl.int64)
+            needed = tl.load(blocks + r * BLOCK_ROW + B_EXPECTED)
+            last_of |= (_arrive(counters + r, 1) == needed - 1).to(tl.int64) << (n - first)
         for n in range(first, first + touched):
             r = tl.where(n < end, n, n - back).to(tl.int64)
             _finish(
-                r, blocks, jobs, readers, incoming, addresses, workspace, counters,
-                True, ACTIVATION, OUTGOING, INCOMING, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
+                r, n == first, (last_of >> (n - first) & 1).to(tl.int32), blocks, jobs, readers, incoming, addresses, workspace,
+                counters, True, ACTIVATION, OUTGOING, INCOMING, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
             )  # fmt: skip
 
 
@@ -793,8 +803,9 @@ def score(
     Arguments as of `select`.
     """
     _finish(
-        tl.program_id(0).to(tl.int64), blocks, jobs, readers, incoming, addresses, workspace_tensor.to(tl.int64),
-        counters, False, False, 0, 0, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
+        tl.program_id(0).to(tl.int64), False, 1, blocks, jobs, readers, incoming, addresses,
+        workspace_tensor.to(tl.int64), counters,
+        False, False, 0, 0, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
     )  # fmt: skip
 
 

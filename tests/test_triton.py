@@ -837,3 +837,20 @@ def test_transfers_in_a_circle_of_layers(monkeypatch):
     assert launched == ["capture", "capture", "select", "transfer", "reinit", "transfer", "reinit"] * 2
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["nature", "adaptation"])
+def test_one_block_of_outputs_reaches_many_blocks_of_units(rule):
+    """Units of many columns come in small blocks; 128 of them, made by rows that lie far apart, are summed together."""
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        producer, reader = nn.Conv2d(3, 140, 1), nn.Linear(140 * 40, 3)
+        producer.weight = nn.Parameter(torch.randint(-3, 4, (3, 140)).float().t()[:, :, None, None])
+        reader.weight.data.copy_(torch.randint(-3, 4, reader.weight.shape))
+        cbp = engine_of([([producer], [reader])], RULES[rule], backend=backend, replacement_rate=0.1)
+        cbp._engine.record(0, torch.randint(-2, 3, (4, 5600)).float())
+        cbp.step()
+        results.append([cbp.utility["g0"], cbp.last_replaced["g0"], producer.weight, reader.weight])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
