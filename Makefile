@@ -77,7 +77,7 @@ test-triton: .venv/built .venv-triton-$(VERSION)/tools
 # On a machine with a GPU: its own Python, PyTorch and Triton as they are, nothing installed, nothing fetched, at most
 # eight minutes: make gpu GPU_PYTHON=/opt/torch/bin/python3. What comes of it is in GPU_OUT. REHEARSE=1 needs no GPU.
 GPU_PYTHON ?= python3
-GPU_OUT ?= benchmarks/results/gpu
+GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)
 GPU_ENVIRONMENT := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton"
 gpu:
 	TRITON_INTERPRET=$(if $(REHEARSE),1,0) $(GPU_ENVIRONMENT) \

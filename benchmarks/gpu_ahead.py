@@ -100,6 +100,8 @@ def main() -> int:
     given = parser.parse_args()
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    if given.capability < 80:
+        parser.error(f"--capability is {given.capability}; the kernels need 80 or more")
     environment = {**os.environ, "TRITON_INTERPRET": "0", CAPABILITY: str(given.capability)}
     # the texts on the way to a binary are not needed, and many
     environment["TRITON_STORE_BINARY_ONLY"] = "1"

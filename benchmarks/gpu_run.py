@@ -247,6 +247,11 @@ def summary(found: Mapping[str, Any]) -> str:
             [[p["name"], p["result"], f"{p['seconds']:.0f}", p["note"]] for p in found["phases"]],
         ),
     ]
+    if found["device"].startswith("rehearsal"):
+        lines[3:3] = [
+            "Nothing below is a time of a GPU: the interpreter's times mean nothing beside what is expected.",
+            "",
+        ]
     for name, result in found["results"].items():
         if isinstance(result, dict) and result.get("rows"):
             lines += ["", f"## {name}", "", markdown(result["head"], result["rows"])]
@@ -349,10 +354,24 @@ class Run:
         return all(p["result"] in ("passed", "left out") or not p["needed"] for p in self.found["phases"])
 
 
+def refusal(rehearse: bool) -> str:
+    """Why nothing can come of a run with this Python; nothing if something can."""
+    looks = [sys.executable, "-c", "import torch; print(torch.__version__, torch.cuda.is_available())"]
+    version, _, sees = output(*looks, seconds=120).strip().rpartition(" ")
+    if not version:
+        return (
+            f"{sys.executable} has no PyTorch that imports; name the Python that has, as in "
+            "make gpu GPU_PYTHON=/opt/torch/bin/python3"
+        )
+    if sees != "True" and not rehearse:
+        return f"PyTorch {version} of {sys.executable} sees no GPU; make gpu REHEARSE=1 runs the script without one"
+    return ""
+
+
 def perform(phases: Sequence[Phase], out: Path, minutes: float, work: Path) -> bool:
     """Run the phases; whether all that are needed passed."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("gpu_*.json"), out / "junit.xml", out / "ncu.csv"):
+    for old in (out / "junit.xml", out / "ncu.csv"):
         old.unlink(missing_ok=True)
     cache = Path(os.environ["TRITON_CACHE_DIR"]) if os.environ.get("TRITON_CACHE_DIR") else None
     if cache:
@@ -390,6 +409,10 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["TRITON_INTERPRET"] = "1" if given.rehearse else "0"
     os.environ["PYTHONUNBUFFERED"] = "1"
+    wrong = refusal(given.rehearse)
+    if wrong:
+        print(f"make gpu: {wrong}. Nothing was run, and nothing written.", file=sys.stderr)
+        return 2
     # an interrupted run ends its phases, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     minutes = given.minutes or (15 if given.rehearse else 8)

@@ -171,7 +171,7 @@ class ContinualBackprop(Rates, Joinable):
         example_inputs: a small batch to run the model on, to find its groups; as of `find_unit_groups`. Without it one
             is guessed, and where that cannot be done the groups are found in the first training forward.
         include, exclude: patterns (`fnmatch`) of group names to take, or to leave out.
-        backend: "cpp", "reference", or None for the fastest on the model's device.
+        backend: "cpp", "triton", "reference", or None for the fastest on the model's device.
         capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
             while less than 4 MiB are held.
         seed: of re-drawn weights, 64 bits; by default `torch.initial_seed()`, of the first process where they are

@@ -528,10 +528,10 @@ class _Tables:
 
 
 def at_most(rule: Rule, num_units: int, rate: float) -> int:
-    """How many units of a group a step chooses, unless the choice was held up before."""
+    """How many units of a group a step chooses, where less than one was left to be chosen from the one before."""
     if rule.name == "clarena":
         return 1
-    return num_units if rule.accrual == "all" else min(num_units, int(rate * num_units) + 1)
+    return num_units if rule.accrual == "all" else min(num_units, math.ceil(rate * num_units))
 
 
 def _recent(entries: dict[Any, _T], key: object, make: Callable[[], _T]) -> _T:

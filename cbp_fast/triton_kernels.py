@@ -785,9 +785,10 @@ def select(
             last_of |= (_arrive(counters + r, 1) == needed - 1).to(tl.int64) << (n - first)
         for n in range(first, first + touched):
             r = tl.where(n < end, n, n - back).to(tl.int64)
+            mine = (last_of >> (n - first) & 1).to(tl.int32)
             _finish(
-                r, n == first, (last_of >> (n - first) & 1).to(tl.int32), blocks, jobs, readers, incoming, addresses, workspace,
-                counters, True, ACTIVATION, OUTGOING, INCOMING, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
+                r, n == first, mine, blocks, jobs, readers, incoming, addresses, workspace, counters,
+                True, ACTIVATION, OUTGOING, INCOMING, MEAN, MIN_MAX, SCORE, ACCRUAL, COUNT, WIDE_UTILITY,
             )  # fmt: skip
 
 

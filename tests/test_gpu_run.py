@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import os
 import shutil
 import subprocess
@@ -96,6 +97,20 @@ def test_what_is_not_needed_may_fail(tmp_path):
     phases = [gpu_run.Phase("one", 60, program("")), gpu_run.Phase("two", 60, program("1 / 0"), needed=False)]
     assert gpu_run.perform(phases, tmp_path / "out", 5, tmp_path)
     assert not gpu_run.perform([phases[1]._replace(needed=True)], tmp_path / "out", 5, tmp_path)
+
+
+def test_results_of_other_runs_stay(tmp_path):
+    (tmp_path / "gpu_another.json").write_text("theirs")
+    assert gpu_run.perform([gpu_run.Phase("one", 60, program(""))], tmp_path, 5, tmp_path)
+    assert (tmp_path / "gpu_another.json").read_text() == "theirs"
+
+
+def test_a_python_that_cannot_run_it_is_refused(monkeypatch):
+    assert not gpu_run.refusal(rehearse=True)
+    monkeypatch.setattr(gpu_run, "output", lambda *command, seconds: "2.11.0 False")
+    assert "PyTorch 2.11.0 of .* sees no GPU; make gpu REHEARSE=1" in re.sub(r"of \S+", "of .*", gpu_run.refusal(False))
+    monkeypatch.setattr(gpu_run, "output", lambda *command, seconds: "")
+    assert "has no PyTorch that imports; name the Python that has" in gpu_run.refusal(rehearse=True)
 
 
 def test_all_phases_together_have_a_limit(tmp_path):
