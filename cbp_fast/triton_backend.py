@@ -168,14 +168,6 @@ class _Plan:
             outer, inner, along = _split_axes(s)
             size, item = (_NARROW, s.dtype.itemsize) if along else (_WIDE, s.dtype.itemsize)
             blocks = -(-s.outputs // size)
-            outer_size = math.prod(a.size for a in outer)
-            reduced = _TILE // size // (2 if item == 8 else 1)
-            tiles_of_block = outer_size * -(-inner.size // reduced)
-            # the parts of a split sum are read again: few, beside what was summed
-            steps = max(share, 8 // item, -(-tiles_of_block // 128))
-            splits = max(1, -(-tiles_of_block // steps))
-            steps = -(-tiles_of_block // splits)
-            splits = max(1, -(-tiles_of_block // steps)) if steps else 1
             apart = (s.near, inner.stride) if along else (inner.stride, s.near)
             is_aligned = (
                 not outer
@@ -186,6 +178,14 @@ class _Plan:
                 and (inner.size if along else s.outputs) * item % 16 == 0
                 and (aligned[s.tensor] + s.offset * item) % 16 == 0
             )
+            outer_size = math.prod(a.size for a in outer)
+            reduced = _TILE // size // (1 if is_aligned and item < 8 else 2)
+            tiles_of_block = outer_size * -(-inner.size // reduced)
+            # the parts of a split sum are read again: few, beside what was summed
+            steps = max(share, 8 // item, -(-tiles_of_block // 128))
+            splits = max(1, -(-tiles_of_block // steps))
+            steps = -(-tiles_of_block // splits)
+            splits = max(1, -(-tiles_of_block // steps)) if steps else 1
             kind = 4 * _TYPES[s.dtype] + 2 * along + is_aligned
             types |= 1 << _TYPES[s.dtype]
             three = [Axis(1, 0)] * (3 - len(outer)) + outer

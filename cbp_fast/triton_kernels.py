@@ -19,7 +19,8 @@ import triton.language as tl
 # how element types are numbered in the tables
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = map(tl.constexpr, range(4))
 # a tile that sums along its first axis, its outputs neighbours in memory, has outputs x reduced elements of these
-# sizes; one that sums along neighbours has them the other way round; of float64 half as many are reduced
+# sizes; one that sums along neighbours has them the other way round; of float64, or with an address for each element,
+# half as many are reduced
 WIDE, NARROW = tl.constexpr(128), tl.constexpr(16)
 # units that one program brings from sums to scores; of units of several columns fewer are summed, so many columns at a
 # time
@@ -232,7 +233,7 @@ def _tile_sums(job, address, block, split, hat, KIND: tl.constexpr, SUM: tl.cons
     ALONG: tl.constexpr = KIND // 2 % 2 == 1
     ALIGNED: tl.constexpr = KIND % 2 == 1
     OUTPUTS: tl.constexpr = NARROW if ALONG else WIDE
-    REDUCED: tl.constexpr = (WIDE if ALONG else NARROW) // (2 if TYPE == FLOAT64 else 1)
+    REDUCED: tl.constexpr = (WIDE if ALONG else NARROW) // (2 if TYPE == FLOAT64 or not ALIGNED else 1)
     # tiles on their way at a time, 16 KiB a program; more registers are not left
     AHEAD: tl.constexpr = (2 if TYPE >= FLOAT32 else 4) if ALIGNED and SUM != DISTANCES else 1
     # cast here, since what is said of the result of another function is lost on triton 3.8

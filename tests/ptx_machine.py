@@ -33,7 +33,7 @@ TYPES = {
 }
 REGISTERS = {"p": np.dtype(bool), "rs": np.dtype("u2"), "r": np.dtype("u4"), "rd": np.dtype("u8")}
 # what all lanes of a warp do at once; those that come first wait
-TOGETHER = ("bar", "shfl", "vote", "redux", "ldmatrix")
+TOGETHER = ("bar", "shfl", "vote", "redux", "ldmatrix", "stmatrix")
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -601,6 +601,21 @@ class Assembler:
 
         return run
 
+    def make_stmatrix(self, suffixes, arguments):
+        """The other way round."""
+        if "trans" in suffixes:
+            raise MachineError(f"unknown instruction: stmatrix.{'.'.join(suffixes)}")
+        gets, address = [self.value(t, TYPES["u32"]) for t in listed(arguments[1])], self.address(arguments[0], False)
+
+        def run(warp, lanes):
+            rows = address(warp, lanes)
+            for i, get in enumerate(gets):
+                check_vector(rows[8 * i : 8 * i + 8], 16)
+                for row, at in enumerate(rows[8 * i : 8 * i + 8]):
+                    warp.program.shared[at : at + 16].view("u4")[:] = get(warp)[4 * row : 4 * row + 4]
+
+        return run
+
 
 def check_vector(addresses, size):
     for a in addresses:
@@ -632,7 +647,7 @@ class Clock:
         """Its results are on their way."""
         if instruction.kind == "st global":
             self.stored = max(self.stored, time)
-        elif instruction.kind == "st shared":
+        elif instruction.kind in ("st shared", "stmatrix shared"):
             self.stored_shared = max(self.stored_shared, time)
         elif instruction.kind == "ld global":
             time += 1

@@ -164,3 +164,29 @@ def test_the_clock_waits_for_other_programs():
 def test_the_clock_of_a_shared_memory():
     """What was stored there is ready when it was, by registers of other names too."""
     assert times(FOLLOW, "st.shared.b64 [%r9], %rd1; ld.shared.b64 %rd8, [%r9]; st.global.b64 [%rd5], %rd8;") == (1, 1)
+
+
+def test_matrices_go_to_shared_memory_and_back():
+    """Lane l has pair l % 4 of row l // 4; rows may lie anywhere."""
+    x = torch.arange(32, dtype=torch.int32)
+    kernel = (
+        """
+.extern .shared .align 16 .b8 memory[];
+"""
+        + HEAD.replace("SIZE", "4")
+        + """
+ld.global.b32 %r2, [%rd4];
+mov.b32 %r3, memory;
+mul.lo.u32 %r4, %r1, 32;
+and.b32 %r4, %r4, 255;
+add.u32 %r4, %r4, %r3;
+stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r4], {%r2};
+bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r4];
+st.global.b32 [%rd5], %r5;
+ret;
+}"""
+    )
+    y = torch.zeros_like(x)
+    Launch(Assembler(kernel), 1, (x, y), (), 256)
+    assert torch.equal(x, y)
