@@ -14,7 +14,7 @@ from torch import nn
 from cbp_fast import ContinualBackprop, Rule, UnitGroup, triton_backend, triton_kernels
 from cbp_fast.triton_backend import kernels_of
 
-FLOAT32, EVERY_TYPE = 1 << 2, 2**4 - 1
+BFLOAT16, FLOAT32, FLOAT64, EVERY_TYPE = 1 << 1, 1 << 2, 1 << 3, 2**4 - 1
 RULES = {
     "nature": Rule.nature(),
     "clarena": Rule.clarena(),
@@ -32,7 +32,7 @@ def specialisations(rule, types=FLOAT32, wide=False, target="sm_90"):
 def everything(target):
     """Each rule, each type, each distribution, both utilities; together as they may come, not all products."""
     found = [*itertools.chain.from_iterable(specialisations(rule, target=target) for rule in RULES)]
-    found += specialisations("mean", EVERY_TYPE, wide=True, target=target)
+    found += specialisations("mean", BFLOAT16 | FLOAT64, wide=True, target=target)
     found += [Specialisation.of("rank", target), *specialisations("nature", EVERY_TYPE, target=target)]
     return list(dict.fromkeys(found))
 
