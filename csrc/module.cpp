@@ -215,14 +215,15 @@ PyObject* describe(PyObject*, PyObject* from) {
   return PyTuple_Pack(2, py::bytes(bytes, layout.size() * sizeof(int64_t)).ptr(), addresses.ptr());
 }
 
-PyMethodDef functions[] = {{"nbytes", &nbytes, METH_O, "Bytes of a tensor's elements on the CPU; -1 if it has none."},
-                           {"describe", &describe, METH_O, "(layout: bytes, addresses: list of int) of a list of tensors."},
-                           Call<&cbp::capture_>::named("capture_"),
-                           Call<&cbp::select_>::named("select_"),
-                           Call<&cbp::sum_>::named("sum_"),
-                           Call<&cbp::choose_>::named("choose_"),
-                           Call<&cbp::reinit_>::named("reinit_"),
-                           {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {
+    {"nbytes", &nbytes, METH_O, "Bytes of a tensor's elements on the CPU; -1 if it has none."},
+    {"describe", &describe, METH_O, "(layout: bytes, addresses: list of int) of a list of tensors."},
+    Call<&cbp::capture_>::named("capture_"),
+    Call<&cbp::select_>::named("select_"),
+    Call<&cbp::sum_>::named("sum_"),
+    Call<&cbp::choose_>::named("choose_"),
+    Call<&cbp::reinit_>::named("reinit_"),
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
