@@ -77,7 +77,8 @@ def _compile(specialisation):
 @functools.cache
 def compiled(*specialisations, python=sys.executable):
     """`Compiled` of each, by a Python's Triton. Triton's own cache makes the second time quick."""
-    environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0"}
+    root = str(Path(__file__).parents[1])
+    environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": root}
     with tempfile.TemporaryDirectory() as directory:
         command = [str(python), __file__, directory]
         result = subprocess.run(

@@ -826,6 +826,10 @@ class Program:
     def at_shared(self, address, size):
         return self.shared[address : address + size]
 
+    def time(self):
+        """Of the warp that is furthest behind of those that can go on."""
+        return min((warp.clock.latest for warp in self.warps if warp.can_run), default=-1)
+
     def publish(self, stores):
         """Put stores into memory, and into this multiprocessor's first cache where that has their line."""
         for address, (size, value) in stores.items():
@@ -858,13 +862,14 @@ class Launch:
         shared: bytes of shared memory.
         resident: how many programs run at a time, on two multiprocessors.
         seed: of their order.
+        by_time: all programs run, the one that is furthest behind by the clock first: for its times to be right.
 
     Attributes:
         finished: the time at which the last program is over, in round trips.
         summed: that at which the last program has begun to store.
     """
 
-    def __init__(self, kernel, programs, arguments, tensors, shared, *, resident=4, seed=0, burst=12):
+    def __init__(self, kernel, programs, arguments, tensors, shared, *, resident=4, seed=0, burst=12, by_time=False):
         self.kernel, self.rng, self.memory, self.caches = kernel, random.Random(seed), Memory(), [{}, {}]
         self.finished = self.summed = 0
         self.words = {}  # of atomics: when the last one set out
@@ -874,7 +879,8 @@ class Launch:
         # the compiler's own scratch pointers come last and are not used
         addresses += [0] * (len(kernel.parameters) - len(addresses))
         self.arguments = dict(zip(kernel.parameters, addresses, strict=True))
-        self.shared, self.resident, self.burst = max(shared, 16), resident, burst
+        self.shared, self.resident, self.burst = max(shared, 16), programs if by_time else resident, burst
+        self.by_time = by_time
         with np.errstate(all="ignore"):
             self.run(programs)
 
@@ -885,12 +891,13 @@ class Launch:
         while waiting or running:
             while waiting and len(running) < self.resident:
                 running.append(Program(self, waiting.pop(), self.shared))
-            program = self.rng.choice(running)
+            program = min(running, key=Program.time) if self.by_time else self.rng.choice(running)
             able = [warp for warp in program.warps if warp.can_run]
             if able:
-                warp = self.rng.choice(able)
+                warp = min(able, key=lambda warp: warp.clock.latest) if self.by_time else self.rng.choice(able)
+                begin = warp.clock.latest
                 for _ in range(self.rng.randint(1, self.burst)):
-                    if not warp.can_run:
+                    if not warp.can_run or (self.by_time and warp.clock.latest > begin):
                         break
                     warp.step()
             program.open_barrier()
