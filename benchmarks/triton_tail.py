@@ -38,6 +38,8 @@ from cbp_fast import ContinualBackprop, UnitGroup, triton_kernels  # noqa: E402
 from cbp_fast.triton_kernels import Job  # noqa: E402
 
 BEFORE, NOW = (HERE / "results" / f"triton_tail{name}.json" for name in ("_before", ""))
+# microseconds
+TRIP = 0.15
 assembled = functools.cache(Assembler)
 
 
@@ -160,10 +162,12 @@ def read(file: Path) -> dict[str, Any]:
 def tail_table() -> str:
     """Markdown of what was measured, before and now."""
     before, now = read(BEFORE), read(NOW)
-    rows = [["shape", "round trips before", "now", "launches before", "now"], ["---"] * 5]
+    head = ["shape", "round trips before", "now", "launches before", "now", "estimate before, us", "now"]
+    rows = [head, ["---"] * len(head)]
     for name in (*SHAPES, *LINES):
         entries = [file["tails"].get(name, {}) for file in (before, now)]
-        rows.append([name, *(str(e.get(what, "-")) for what in ("trips", "launches") for e in entries)])
+        times = [f"{TRIP * e['trips']:.0f}" if e else "-" for e in entries]
+        rows.append([name, *(str(e.get(what, "-")) for what in ("trips", "launches") for e in entries), *times])
     missed = max((t.get("misses by", 0) for file in (before, now) for t in file["tails"].values()), default=0)
     return (
         "Round trips to memory that wait for each other, from when the last program has begun to store its sums to the "
@@ -172,6 +176,7 @@ def tail_table() -> str:
         "are without `reinit`. Nothing is replaced where no number says so. "
         f"Before: commit {before['commit']}. The rows of {WIDE} units are no count but a line through "
         f"{', '.join(map(str, WIDTHS))} units, which misses those by {missed:.0f} at most. "
+        f"The **estimates** are {TRIP} us a trip, as to the second cache of an idle H100, and no measurement. "
         "Made by `python benchmarks/triton_tail.py`.\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
     )
 
