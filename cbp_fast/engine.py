@@ -212,8 +212,6 @@ class Engine:
         if self.processes is not None:
             return self._select_together()
         slots, held = self._intact()
-        if self._streams:
-            self._join_streams()
         return self._whole(self._functions.select_, True, held, slots)
 
     def _join_streams(self) -> None:
@@ -256,8 +254,6 @@ class Engine:
     def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
         slots, held = self._intact()
-        if self._streams:
-            self._join_streams()
         self._whole(self._functions.sum_, with_weights, held, slots)
         # they are in the state now
         self.finish()
@@ -347,7 +343,9 @@ class Engine:
         self._captured = False
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
-        """Slots and activations held, less those that were changed in place since."""
+        """Slots and activations held, to be read on this stream, less those that were changed in place since."""
+        if self._streams:
+            self._join_streams()
         if list(map(_version_of, self._held)) == self._versions:
             return self._slots, self._held
         fresh = [h._version == v for h, v in zip(self._held, self._versions, strict=True)]

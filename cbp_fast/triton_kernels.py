@@ -486,7 +486,7 @@ def _column_terms(
 
 @triton.jit
 def _score(
-    y, r, row, j, inside, u, a, maturity, decay, log_decay, least, span, blocks, addresses, keys,
+    y, row, j, inside, u, a, maturity, decay, log_decay, least, span, addresses, keys,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
     """A block of units from y to keys: what is less is chosen first, the lower unit of equals.
@@ -660,7 +660,7 @@ def _finish(
         else:
             minima, stats = keys + 2 * units, keys + 2 * units + blocks
             u, a, key, of_block = _score(
-                y, r, row, j, inside, u, a, maturity, decay, log_decay, least, span, blocks, addresses, keys,
+                y, row, j, inside, u, a, maturity, decay, log_decay, least, span, addresses, keys,
                 MIN_MAX, SCORE, WIDE_UTILITY,
             )  # fmt: skip
             tl.store(utility + lane, u, inside)
