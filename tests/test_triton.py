@@ -856,3 +856,17 @@ def test_one_block_of_outputs_reaches_many_blocks_of_units(rule):
         results.append([cbp.utility["g0"], cbp.last_replaced["g0"], producer.weight, reader.weight])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_forward_that_sums_what_another_stream_held_keeps_it(monkeypatch):
+    cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
+    cbp._engine.record(0, torch.ones(3, 4))
+    cbp._engine._streams = {engine._Stream(1, False)}
+    cbp._engine._inline[0] = True
+    kept = []
+    monkeypatch.setattr(engine, "stream_of", lambda device: engine._Stream(2, False))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 2)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
+    cbp._engine.record(0, torch.ones(3, 4))
+    assert kept == [2]
+    assert cbp._engine.state.count.tolist() == [6]
