@@ -522,11 +522,11 @@ def _write(
         name = f"{name}:{int(at.min())}-{int(at.max())}"
     group = UnitGroup(name, incoming, outgoing, norms, n)
     try:
-        resolved = resolve(model, group)
+        resolved = resolve(model, group, trace.tied)
         short = resolved.unit_group()
         candidate.group, candidate.resolved = group, resolved
         with contextlib.suppress(TypeError, ValueError):
-            if replace(resolve(model, short)) == resolved:
+            if replace(resolve(model, short, trace.tied)) == resolved:
                 candidate.group = short
     except (TypeError, ValueError) as error:
         candidate.reason = str(error).removeprefix(f"unit group '{name}': ")
