@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .nodes import BASE, DATA, ONE, Nodes, kinds_of, narrow, same_along
 from .running import Preserving, storage_key
-from .unit_groups import label, norm_kind, norm_shape
+from .unit_groups import label, norm_kind, norm_shape, own_tensors, shared_memory
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)
@@ -140,7 +140,7 @@ class Trace(Preserving):
         self.used_by: dict[str, str] = {}
         self.branches: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
-        self.tied: dict[str, str] = {}
+        self.tied = shared_memory(own_tensors(model))
         self.statistics = False
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
@@ -155,11 +155,7 @@ class Trace(Preserving):
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.numel():
                     name = _join(prefix, key)
-                    own = bytes_of(tensor)
-                    for theirs, first, other in self._parameters[storage_key(tensor)]:
-                        if (other is not tensor or first != name) and overlap(own, theirs):
-                            self.tied |= {first: name, name: first}
-                    self._parameters[storage_key(tensor)].append((own, name, tensor))
+                    self._parameters[storage_key(tensor)].append((_bytes_of(tensor), name, tensor))
                     self.owners.setdefault(name, (prefix, module))
 
     def watch(self) -> list[RemovableHandle]:
@@ -303,8 +299,9 @@ class Trace(Preserving):
         entries = self._parameters.get(storage_key(tensor))
         if not entries:
             return None
-        own = bytes_of(tensor)
-        return next(((name, whole) for theirs, name, whole in entries if overlap(own, theirs)), None)
+        own = _bytes_of(tensor)
+        # neighbours in one storage share nothing
+        return next(((name, t) for r, name, t in entries if r.start < own.stop and own.start < r.stop), None)
 
     def _record(self, role: str, layer: Any, ids: Tensor, axis: int) -> None:
         n = ids.shape[axis]
@@ -332,7 +329,7 @@ class Trace(Preserving):
             entry = self.parameter(first)
             if entry and first.shape == entry[1].shape:
                 # autocast's copy of a weight
-                self._parameters[storage_key(outs[0])] = [(bytes_of(outs[0]), *entry)]
+                self._parameters[storage_key(outs[0])] = [(_bytes_of(outs[0]), *entry)]
                 self._kept.append(outs[0])
                 return
         results = self._results(call, outs)
@@ -947,16 +944,11 @@ def _join(owner: str, key: str) -> str:
     return f"{owner}.{key}" if owner else key
 
 
-def bytes_of(tensor: Tensor) -> range:
+def _bytes_of(tensor: Tensor) -> range:
     """The bytes of its storage that a tensor reaches."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first, size = tensor.storage_offset(), tensor.element_size()
     return range(first * size, (first + last + 1) * size)
-
-
-def overlap(a: range, b: range) -> bool:
-    """Whether two ranges share a byte."""
-    return a.start < b.stop and b.start < a.stop
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:
