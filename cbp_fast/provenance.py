@@ -7,19 +7,23 @@ operations need no rule. An id is a node: a constant (0), data that no unit make
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .running import Preserving, storage_key
+from .running import Preserving, alive, constants, storage_key
+from .snapshot import Snapshot
 from .unit_groups import NORMS, kind, label
 
 DATA = 1
@@ -42,6 +46,10 @@ _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
 _HIDDEN = "what was made by code that cannot be followed"
+_LIVING = (
+    "its units are kept after the forward, outside of the model and its output: in a container or an object of the "
+    "caller, in a global or in a thread"
+)
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
 
@@ -255,22 +263,51 @@ def _distinct(rows: Tensor) -> Tensor:
     return rows[:, : int((rows > 0).sum(-1).max())]
 
 
-class Exits(TorchFunctionMode):
-    """Refuses the units of tensors that leave for Python or NumPy whole."""
+# methods of tensors by which values leave for code that is not followed, and those that let it write, too
+_READING = ("tolist", "__repr__", "__deepcopy__", "share_memory_")
+_OPENING = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "apply_", "map_", "map2_")
+_OURS = (__name__, Preserving.__module__, Snapshot.__module__)
 
-    def __init__(self, trace: Trace) -> None:
+
+class Exits(TorchFunctionMode):
+    """Refuses the units of tensors whose values leave for Python, NumPy or other libraries.
+
+    Args:
+        trace: what follows the units.
+        elsewhere: whether this is another thread than the forward's.
+    """
+
+    def __init__(self, trace: Trace, elsewhere: bool = False) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self.elsewhere = trace, elsewhere
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"):
-            self.trace.refuse(self.trace.ids(args[0]), f"{name}() takes its values out of the model's operations")
-        return func(*args, **(kwargs or {}))
+        array = name == "__get__" and getattr(func, "__self__", None) is Tensor.__cuda_array_interface__
+        out = func(*args, **(kwargs or {}))
+        # the look itself asks for addresses, too
+        ours = sys._getframe(1).f_globals.get("__name__") in _OURS
+        if (array or name in _READING or name in _OPENING) and not ours:
+            for t in args:
+                if isinstance(t, Tensor):
+                    self._leaves(t, f"{name}() takes its values out of the model's operations", name in _READING)
+            if isinstance(out, Tensor) and name == "__deepcopy__":
+                self.trace.open(out, f"{name}() made it")
+        return out
+
+    def _leaves(self, t: Tensor, why: str, read_only: bool) -> None:
+        entry = self.trace.parameter(t)
+        if entry:
+            self.trace.roles[entry[0]].add(why.partition(" ")[0])
+        elif self.elsewhere:
+            self.trace.open(t, why)
+        elif storage_key(t) in self.trace.made:
+            self.trace.refuse(self.trace.ids(t), why)
+            if not read_only:
+                self.trace.open(t, why)
 
 
 class _Shadow(NamedTuple):
-    storage: Any  # held, so that its address is not used again
     ids: Tensor  # [period]: element i of the storage has ids[i % period]
     elements: int
     itemsize: int
@@ -293,6 +330,9 @@ class Trace(Preserving):
         modules: of the model, by name.
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
+        paths: operations of the forwards, each in its first run.
+        random: whether a path may depend on random numbers.
+        unsure: whether a tensor appeared of which it is not known whether it was there before the forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -313,6 +353,7 @@ class Trace(Preserving):
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
+        self._before: set[int] = set()
         self.modules = dict(model.named_modules())
         for prefix, module in self.modules.items():
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -322,11 +363,53 @@ class Trace(Preserving):
                     if other is not tensor or first != name:
                         self.tied |= {first: name, name: first}
                     self.owners.setdefault(name, (prefix, module))
+        self.paths: list[Any] = []
+        self.random = False
+        self._own = dict(self._parameters)
+        self._constants = constants(model)
+        self.unsure = self._everything = False
+
+    @property
+    def where(self) -> str:
+        """The operation that was followed last, and the module."""
+        return self._why or "its first operation"
+
+    def begin(self, known: Iterable[Tensor], everything: bool) -> None:
+        """Before a forward: `known` tensors, or everything there is, it does not make."""
+        self.unsure = False
+        self._everything = everything
+        self._before = alive() if everything else set(map(storage_key, known))
+        self._before |= self._constants
+
+    def end(self) -> None:
+        """After a forward, when its results are gone and the model is as before: refuses what is alive all the same."""
+        for key, why in self.opened.items():
+            if key in self._parameters:
+                self.roles[self._parameters[key][0]].add("what another thread does with it")
+            elif key in self._shadows:
+                self.refuse(self._shadows[key].ids, why)
+        for again in (True, False):
+            living = [
+                shadow.ids
+                for key, shadow in self._shadows.items()
+                if not cast(StorageWeakRef, self.made[key]).expired() and shadow.ids.max() > DATA
+            ]
+            if living and again:
+                gc.collect()
+        for ids in living:
+            self.refuse(ids, _LIVING)
+        self.forget()
+        self._shadows.clear()
+        self._kept.clear()
+        self._parameters = dict(self._own)
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks that keep track of which module runs."""
         handles = []
         for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                # it takes no hooks, and the modules in it are not called
+                continue
             enter = (lambda entry: lambda *_: self._stack.append(entry))((name, module))
             leave = lambda *_: self._stack.pop() and None  # noqa: E731
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -344,36 +427,50 @@ class Trace(Preserving):
         plain = isinstance(func, torch._ops.OpOverload)
         name = func._overloadpacket.__name__ if plain else str(func)
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if plain and func.namespace == "prim":
+            # a question of a tensor that stands for another
+            return out
         if torch._C._current_graph_task_id() != -1:
             # gradients are no activations
             return out
         with _disable_current_modes():
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{name} in {at}"
+            if any(t.is_nested for t in tree_leaves((tensors, out)) if isinstance(t, Tensor)):
+                self._nested(name, tensors, out)
+                return out
             self._follow(func, name.rstrip("_"), args, kwargs, tensors, out)
         return out
+
+    def _nested(self, op: str, tensors: Sequence[Tensor], out: Any) -> None:
+        """Units that go into a nested tensor are refused, and what comes out of it is data."""
+        self._use(op, [None if t.is_nested else self.parameter(t) for t in tensors])
+        for t in tree_leaves((tensors, out)):
+            if isinstance(t, Tensor) and not t.is_nested and not self.parameter(t):
+                self.refuse(self.ids(t), f"{self._why} takes or makes a nested tensor, which cannot be followed")
+                self.open(t, f"{self._why} takes or makes a nested tensor, which cannot be followed")
 
     # ids of tensors
 
     def ids(self, tensor: Tensor) -> Tensor | None:
         """What the elements of a tensor are made of, int64 of its shape; None for constants."""
-        if not tensor.numel():
+        if tensor.is_nested or not tensor.numel():
             return None
         if tensor.layout != torch.strided:
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
+        if key in self.opened and key not in self._parameters:
+            if shadow is not None:
+                self.refuse(shadow.ids, self.opened[key])
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None and (key not in self.made or key in self._parameters):
             return self._outer(key, tensor)
         if shadow is None and tensor.grad_fn is None:
             return None
         if shadow is None:
-            # made by a kernel that is called past the dispatcher, of whatever there was
-            for source in self.nodes.sources[1:]:
-                self.refuse(
-                    self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}"
-                )
-            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
+            # made by a kernel that is called past the dispatcher
+            return self._hidden().expand(tensor.shape)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
@@ -388,10 +485,20 @@ class Trace(Preserving):
         ids = shadow.ids.as_strided(tensor.shape, strides, offset)
         return ids if _narrow(ids)[0][0].any() else None
 
+    def _hidden(self) -> Tensor:
+        """Something made by code that is not followed, of whatever there was."""
+        for source in self.nodes.sources[1:]:
+            self.refuse(self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}")
+        return torch.tensor(DATA, device="cpu")
+
     def _outer(self, key: int, tensor: Tensor) -> Tensor | None:
         """The ids of a tensor that was there before the forward."""
         if key not in self._parameters:
-            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
+            # indices are made past the dispatcher, and what is not resizable is memory of NumPy and of others
+            new = key not in self._before and tensor.is_floating_point() and tensor.untyped_storage().resizable()
+            self.unsure |= new and not self._everything
+            hidden = new and self._everything
+            return (self._hidden() if hidden else torch.tensor(DATA, device="cpu")).expand(tensor.shape)
         name, parameter = self._parameters[key]
         if not isinstance(parameter, nn.Parameter):
             return None
@@ -432,11 +539,11 @@ class Trace(Preserving):
                 ids = ids if i in order else ids.narrow(i, 0, 1)
             flat = torch.empty(period, dtype=torch.int64, device="cpu")
             flat.as_strided(ids.shape, tensor.stride()).copy_(ids)
-            self._shadows[key] = _Shadow(storage, flat, elements, tensor.element_size())
+            self._shadows[key] = _Shadow(flat, elements, tensor.element_size())
             return
         if shadow is None:
             zeros = torch.zeros(elements, dtype=torch.int64, device="cpu")
-            shadow = _Shadow(storage, zeros, elements, tensor.element_size())
+            shadow = _Shadow(zeros, elements, tensor.element_size())
         self._shadows[key] = shadow = self._unrolled(shadow)
         # an expanded tensor writes one element many times
         shape = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
