@@ -105,8 +105,10 @@ def find_unit_groups(
     The model runs once, in the mode it is in, and every element of every activation is followed: a unit is a row of a
     weight, and its features are where it is seen at the columns of other weights. Units that share a column, and so
     can be re-initialised only together, are one. What an operation without a rule touches is left out, as is all that
-    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, attributes, modes and random states stay
-    as they were, also if the forward raises; hooks of the user run.
+    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, modes, random states and all that the
+    model and the inputs hold in Python stay as they were, also if the forward raises (attributes of classes, globals,
+    iterators and what threads own are out of reach); hooks of the user run. Of batches of more than eight samples two
+    and three are looked at, where these take the path of the whole batch, which then runs once unfollowed.
 
     Args:
         model: the model; `torch.compile` and DistributedDataParallel are looked through.
@@ -287,7 +289,7 @@ def _shortened(
 
 def _path(model: nn.Module, run: Forward) -> Any:
     """The operations of a forward that is not followed."""
-    with _looking(model), untouched(model, *held_by(run)), Preserving() as mode:
+    with _looking(model), untouched(model, *held_by(run)) as snapshot, Preserving(snapshot.tensors()) as mode:
         try:
             run(model)
         finally:

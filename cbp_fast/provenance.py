@@ -353,7 +353,6 @@ class Trace(Preserving):
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
-        self._before: set[int] = set()
         self.modules = dict(model.named_modules())
         for prefix, module in self.modules.items():
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -378,8 +377,8 @@ class Trace(Preserving):
         """Before a forward: `known` tensors, or everything there is, it does not make."""
         self.unsure = False
         self._everything = everything
-        self._before = alive() if everything else set(map(storage_key, known))
-        self._before |= self._constants
+        self.known = alive() if everything else set(map(storage_key, known))
+        self.known |= self._constants
 
     def end(self) -> None:
         """After a forward, when its results are gone and the model is as before: refuses what is alive all the same."""
@@ -491,11 +490,22 @@ class Trace(Preserving):
             self.refuse(self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}")
         return torch.tensor(DATA, device="cpu")
 
+    def _borrowed(self, tensor: Tensor) -> None:
+        """Memory that belongs to others: it may be that of an activation, lent to them and back."""
+        address = tensor.untyped_storage().data_ptr()
+        for key, shadow in self._shadows.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(key)
+            if storage is not None and storage.data_ptr() <= address < storage.data_ptr() + max(storage.nbytes(), 1):
+                self.refuse(shadow.ids, f"{self._why} takes its memory by way of another library")
+
     def _outer(self, key: int, tensor: Tensor) -> Tensor | None:
         """The ids of a tensor that was there before the forward."""
         if key not in self._parameters:
             # indices are made past the dispatcher, and what is not resizable is memory of NumPy and of others
-            new = key not in self._before and tensor.is_floating_point() and tensor.untyped_storage().resizable()
+            new = key not in self.known and tensor.is_floating_point()
+            if new and not tensor.untyped_storage().resizable():
+                self._borrowed(tensor)
+                new = False
             self.unsure |= new and not self._everything
             hidden = new and self._everything
             return (self._hidden() if hidden else torch.tensor(DATA, device="cpu")).expand(tensor.shape)

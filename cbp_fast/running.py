@@ -10,7 +10,7 @@ import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -247,7 +247,11 @@ def constants(model: nn.Module) -> set[int]:
 class Preserving(TorchDispatchMode):
     """Remembers what operations change that was there before, to put it back.
 
+    Args:
+        known: tensors that are there before.
+
     Attributes:
+        known: keys of their storages.
         made: by their keys, the storages that were made under this mode, held so that no other gets the address.
         opened: storages whose content code that is not followed may read and write, and which code.
         path: operations, with the integers among their arguments and results.
@@ -262,8 +266,9 @@ class Preserving(TorchDispatchMode):
         # it would import the compiler
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.known = set(map(storage_key, known))
         self.forget()
 
     def forget(self) -> None:
@@ -274,6 +279,7 @@ class Preserving(TorchDispatchMode):
         self.drawn = False
         self._random: set[int] = set()
         self._held: dict[int, Any] = {}
+        self._adopted: set[int] = set()
         self._saved: dict[int, tuple[Tensor, Tensor, Any, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -289,6 +295,9 @@ class Preserving(TorchDispatchMode):
         results = tree_leaves(out)
         outs = [t for t in results if isinstance(t, Tensor)]
         keys = {storage_key(t) for t in taken}
+        if plain and func._overloadpacket.__name__ == "set_":
+            # memory that nothing seen made, and that may be given away unseen (`share_memory_`, copies)
+            self._adopted.update(key for t in outs if (key := storage_key(t)) not in self.known)
         fresh = plain and func._overloadpacket.__name__ == "lift_fresh"
         for t in outs:
             key = storage_key(t)
@@ -320,7 +329,9 @@ class Preserving(TorchDispatchMode):
             marked = zip(func._schema.arguments, values, strict=False)
             written = tree_leaves([v for a, v in marked if a.alias_info is not None and a.alias_info.is_write])
         for tensor in written:
-            if isinstance(tensor, Tensor) and storage_key(tensor) not in self.made and tensor.numel():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                continue
+            if storage_key(tensor) not in self.made and storage_key(tensor) not in self._adopted:
                 whole = tensor.detach()
                 if tensor.device.type != "meta":
                     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
