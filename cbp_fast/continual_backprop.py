@@ -21,6 +21,7 @@ from .dtensors import is_dtensor
 from .engine import Engine, Rates, check_hyper, check_options, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
+from .running import Given
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, own_tensors, resolve, shared_memory
 
 
@@ -298,7 +299,7 @@ class ContinualBackprop(Rates, Joinable):
         """Find the groups by what a training forward is given, and observe it already."""
         awaited, (hook,), given = cast(_Awaited, self._engine), self._hooks, self._given
         hook.remove()
-        self._given = (None, lambda model: model(*args, **kwargs))
+        self._given = (None, Given(args, kwargs))
         try:
             self._attach(self._resolve(), **awaited.hyper, capture=awaited.capture)
             self._engine.enabled = awaited.enabled

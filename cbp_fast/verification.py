@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .running import Forward, Preserving, forwards, restored, tensors_in, untouched, unwrapped
+from .running import Forward, Preserving, forwards, restored, untouched, unwrapped
+from .snapshot import tensors_in
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
 
