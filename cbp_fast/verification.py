@@ -81,6 +81,9 @@ def verify_unit_group(
         raise ValueError(f"unit group '{group.name}' does not pass the check: {verdict.failure}")
 
 
+_Made = tuple[Tensor, Tensor, float | None, float]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a check said.
@@ -204,27 +207,31 @@ class _Check:
         """One round on inputs varied in a `way`, or on the given ones alone (None)."""
         columns = [(place, tensor[place].clone(), tensor) for tensor, place in self._columns(units)]
 
-        def run(alive: bool, read: bool, way: str | None) -> _Seen:
+        made = list(_made(self.group, units))
+
+        def run(sign: int, read: bool, way: str | None) -> _Seen:
             for place, value, tensor in columns:
                 tensor[place] = value if read else 0
-            self._fill_rows(units, number, alive)
+            self._fill_rows(made, number, sign)
             return self._run(units, number, way)
 
-        given = run(False, False, None)
-        other = given if way is None else run(False, False, way)
+        given = run(0, False, None)
+        other = given if way is None else run(0, False, way)
         self.varied |= way is not None and (other.varied or not given.inputs)
         if given.sees_other_than(other):
-            again = run(False, False, None), run(False, False, way)
+            again = run(0, False, None), run(0, False, way)
             if given.sees_other_than(again[0]) or other.sees_other_than(again[1]):
                 self.steady = False
             else:
                 self.failure = "the columns of its outgoing layers read something else than its units"
         if number % 2:
             way, other = None, given
-        alive = run(True, False, way)
-        gap = other.gap(alive)
-        if gap and other.finite and alive.finite:
-            if gap > 8 * max(other.gap(run(False, False, way)), alive.gap(run(True, False, way))):
+        for sign in (-1, 1):
+            alive = run(sign, False, way)
+            gap = other.gap(alive)
+            if not gap or not (other.finite and alive.finite):
+                continue
+            if gap > 8 * max(other.gap(run(0, False, way)), alive.gap(run(sign, False, way))):
                 self.shown = True
                 self.failure = (
                     "its units reach the output by another way than the columns of its outgoing layers (as by a norm "
@@ -232,8 +239,8 @@ class _Check:
                 )
                 return True
             self.steady = False
-        read = run(True, True, way)
-        self.shown = self.shown or read.gap(run(False, True, way)) > 0
+        read = run(1, True, way)
+        self.shown = self.shown or read.gap(run(0, True, way)) > 0
         return read.gap(alive) > 0
 
     def _set_weights(self, noisy: bool, negated: bool) -> None:
@@ -259,16 +266,19 @@ class _Check:
         flat = self.random.repeat(times)[first : first + like.numel()]
         return flat.view(like.shape).to(like.device, like.dtype)
 
-    def _fill_rows(self, units: Tensor, number: int, alive: bool) -> None:
-        """Rows, biases and norm entries of units: zeros and defaults, or (alive) random numbers of either sign."""
-        for salt, (tensor, index, default, scale) in enumerate(_made(self.group, units)):
+    def _fill_rows(self, made: Sequence[_Made], number: int, sign: int) -> None:
+        """Rows, biases and norm entries of units: defaults (sign 0), or random numbers, times the sign.
+
+        Whatever the input, a unit is positive before its activation function with one of the signs 1 and -1.
+        """
+        for salt, (tensor, index, default, scale) in enumerate(made):
             place = tensor[index]
-            if not alive:
+            if not sign:
                 place = torch.full_like(place, default or 0.0)
             elif default == 1.0:
                 place = self._noise(place, 31 * number + salt).abs().clamp(0.2, 2)
             else:
-                place = self._noise(place, 31 * number + salt) * scale
+                place = self._noise(place, 31 * number + salt) * (scale * sign)
             tensor[index] = place
 
     def _columns(self, units: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
@@ -326,21 +336,18 @@ class _Check:
         """Another input like x."""
         if not x.dim() or not x.numel() or x.is_nested or x.layout != torch.strided:
             return x
-        inexact = x.is_floating_point() or x.is_complex()
-        y = x.detach()
         if way == "order":
-            y = y.roll(1, 0)
-        elif inexact:
-            finite = y.isfinite()
-            scale = torch.where(finite, y, 0).abs().mean()
-            y = y * (1.5, -1.0, 0.6)[number % 3] + self._noise(y, number + 1) * torch.where(scale > 0, scale, 1.0)
-            y = torch.where(finite, y.to(x.dtype), x.detach())
-        elif way == "all":
-            i = torch.arange(y.numel(), device=y.device)
-            y = y.flatten()[(i * i + number + 1) % len(i)].view(y.shape)
-        else:
+            return x.roll(1, 0)
+        if x.is_floating_point() or x.is_complex():
+            # gradients go back to the given one
+            finite = x.detach().isfinite()
+            scale = torch.where(finite, x.detach(), 0).abs().mean()
+            noise = self._noise(x, number + 1) * torch.where(scale > 0, scale, 1.0)
+            return torch.where(finite, (x * (1.5, -1.0, 0.6)[number % 3] + noise).to(x.dtype), x)
+        if way == "floats":
             return x
-        return y.requires_grad_(x.requires_grad)
+        i = torch.arange(x.numel(), device=x.device)
+        return x.flatten()[(i * i + number + 1) % len(i)].view(x.shape)
 
 
 _OWN = frozenset(vars(nn.Module())) - {"training"}
@@ -525,7 +532,7 @@ def _indices(member: Member, units: Tensor) -> Tensor:
     return (start + units[:, None] * unit_stride + torch.arange(per_unit, device="cpu") * position_stride).flatten()
 
 
-def _made(group: ResolvedGroup, units: Tensor) -> Iterator[tuple[Tensor, Tensor, float | None, float]]:
+def _made(group: ResolvedGroup, units: Tensor) -> Iterator[_Made]:
     """(tensor with units along the first axis, indices, a norm's default, usual size) of what makes or scales units."""
     for member in group.incoming:
         weight, bias = member.module.get_parameter("weight").detach(), getattr(member.module, "bias", None)

@@ -280,6 +280,38 @@ def test_functions_and_inputs_say_the_same(inputs):
     assert [g.name for g in find_unit_groups(model, inputs, verify=True)] == ["body.0", "body.2"]
 
 
+def test_functions_that_transform_the_model():
+    def verify(function, run):
+        verify_unit_group(net(function), GROUP, run)
+
+    for run in (
+        lambda m: torch.vmap(m)(ROWS),
+        lambda m: torch.func.grad(lambda x: m(x).square().sum())(ROWS),
+        lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (ROWS,)),
+        lambda m: F.cross_entropy(m(ROWS), torch.arange(5) % 3).item(),
+        lambda m: F.cross_entropy(m(ROWS), torch.arange(5) % 3).backward(),
+    ):
+        if "backward" not in run.__code__.co_names:
+            verify(lambda m, x, h: m.b(torch.tanh(h)), run)
+            with pytest.raises(ValueError, match=LEAKS):
+                verify(lambda m, x, h: m.b(torch.tanh(h)) + torch.tanh(h[..., 2:3]), run)
+            with pytest.raises(ValueError, match=READS):
+                verify(lambda m, x, h: m.b(torch.tanh(h) + x.sum(-1, keepdim=True)), run)
+        else:
+            # what comes out are gradients, which are put back
+            with pytest.raises(ValueError, match=NOTHING):
+                verify(lambda m, x, h: m.b(torch.tanh(h)), run)
+
+
+@pytest.mark.parametrize("function", [F.relu, F.leaky_relu, torch.abs, torch.square, lambda h: F.relu(-h)])
+def test_one_sample_and_one_unit_are_enough(function):
+    leak = net(lambda m, x, h: m.b(function(h)) + function(h)[..., 4:5])
+    for x in (ROWS[:1], ROWS[0], -ROWS[:1]):
+        with pytest.raises(ValueError, match=LEAKS):
+            verify_unit_group(leak, GROUP, x)
+        verify_unit_group(net(lambda m, x, h: m.b(function(h)), 1), GROUP, x)
+
+
 def test_every_run_is_looked_at():
     model = multi_head()
     x = torch.randn(4, 5)
@@ -389,5 +421,5 @@ def test_forwards_are_counted():
         verify_unit_group(net(forward, units), GROUP, ROWS)
         counts.append(len(runs))
         runs.clear()
-    # four for each binary digit of the number of units, and one
-    assert counts == [17, 25, 41]
+    # five for each binary digit of the number of units, and one
+    assert counts == [21, 31, 51]
