@@ -294,7 +294,9 @@ def test_functions_that_transform_the_model():
         if "backward" not in run.__code__.co_names:
             verify(lambda m, x, h: m.b(torch.tanh(h)), run)
             with pytest.raises(ValueError, match=LEAKS):
-                verify(lambda m, x, h: m.b(torch.tanh(h)) + torch.tanh(h[..., 2:3]), run)
+                verify(
+                    lambda m, x, h: m.b(torch.tanh(h)) + torch.tanh(h[..., 2:3]) * torch.tensor([1.0, 0.0, 2.0]), run
+                )
             with pytest.raises(ValueError, match=READS):
                 verify(lambda m, x, h: m.b(torch.tanh(h) + x.sum(-1, keepdim=True)), run)
         else:
