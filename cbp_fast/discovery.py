@@ -48,7 +48,7 @@ from .unit_groups import (
     read_width,
     resolve,
 )
-from .verification import verify_unit_group
+from .verification import check_memory, look
 
 
 class NeedsInputs(ValueError):
@@ -123,6 +123,7 @@ def find_unit_groups(
         ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where
             activations are kept (``"body.last"``), on which nothing is trained: units may reach them.
         verify: check every group by :func:`verify_unit_group`, and leave out what fails; needs a model on real memory.
+            A group of which the check shows nothing is kept, and :func:`explain` says so.
 
     Returns:
         The groups in the order of forward(), each called after the first layer that makes its units; may be empty.
@@ -185,6 +186,8 @@ def _discover(
     with undivided(model) as divided:
         if divided and verify:
             raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
+        if verify:
+            check_memory(model)
         if example_inputs is None:
             trace, candidates, runs = _guess(model, ignored)
         else:
@@ -213,11 +216,12 @@ def _discover(
                 "reader); include_coupled=True takes them together"
             )
         if not candidate.reason and verify:
-            assert candidate.group is not None
-            try:
-                verify_unit_group(model, candidate.group, runs)
-            except ValueError as error:
-                candidate.reason = str(error)
+            assert candidate.resolved is not None
+            verdict = look(model, candidate.resolved, runs, ignored)
+            if verdict.failure:
+                candidate.reason = f"unit group '{candidate.resolved.name}' does not pass the check: {verdict.failure}"
+            elif verdict.unshown:
+                candidate.notes.append(f"the check showed nothing: {verdict.unshown}")
     taken = [candidate for candidate in candidates if not candidate.reason]
     remarks = [f"the path depends on {at}: only what was taken was seen" for at in trace.branches]
     return _Found(taken, _left_out(model, trace, candidates), remarks)
