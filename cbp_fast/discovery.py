@@ -207,9 +207,6 @@ def _discover(
     for candidate in candidates:
         if not candidate.reason:
             candidate.reason = _may_share(unreached, candidate)
-    for candidate in candidates:
-        if not candidate.reason:
-            candidate.reason = _may_share(unreached, candidate)
         if not candidate.reason and candidate.coupled and not include_coupled:
             candidate.reason = (
                 "several layers add into its units, and readers see different sums (a residual stream, or a shared "

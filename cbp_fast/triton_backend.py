@@ -432,7 +432,7 @@ def kernels_of(
         found.append((k.select, {"TYPES": types, **meta}))
     if meta["MIN_MAX"] or meta["SCORE"] == 2:
         found.append((k.score, score_meta(meta)))
-    found.append((k.reinit, reinit_meta(rule, wide)))
+    found.append((k.reinit, {"WIDE_UTILITY": wide}))
     if rule.keeps_mean:
         found.append((k.capture, {"TYPES": types, "SUM": k.VALUES.value, "COUNTS": True}))
     if rule.centred:
@@ -448,11 +448,6 @@ def kernels_of(
 def score_meta(meta: dict[str, Any]) -> dict[str, Any]:
     """What `score` is compiled for, of what `select` is."""
     return {key: meta[key] for key in ("MIN_MAX", "MEAN", "SCORE", "ACCRUAL", "COUNT", "WIDE_UTILITY")}
-
-
-def reinit_meta(rule: Rule, wide: bool) -> dict[str, Any]:
-    """What `reinit` is compiled for."""
-    return {"WIDE_UTILITY": wide, "DISTRIBUTION": ("uniform", "normal", "unit").index(rule.distribution)}
 
 
 class _Tables:
@@ -500,7 +495,6 @@ class _Tables:
         self.captured: list[object] = []
         self.wide = state.utility.dtype == torch.float64
         self.meta = meta_of(state.rule, self.wide)
-        self.reinit_meta = reinit_meta(state.rule, self.wide)
         self._rate = -1.0
         self._ranked: tuple[int, ...] = ()
 
@@ -1004,4 +998,4 @@ def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
                 tiles, biases, rows = transfers
                 k.launch(k.transfer, (outputs,), (tiles, biases, rows, tables.columns, tables.addresses), {})
             if programs:
-                k.launch(k.reinit, (programs,), (*writes, tables.addresses), tables.reinit_meta)
+                k.launch(k.reinit, (programs,), (*writes, tables.addresses), {"WIDE_UTILITY": tables.wide})

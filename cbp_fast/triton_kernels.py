@@ -1019,7 +1019,7 @@ def _store_as(address, dtype, offset, values, mask):
 
 
 @triton.jit
-def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr, DISTRIBUTION: tl.constexpr):
+def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr):
     """Draws, or fills, what belongs to the chosen units, then forgets their utility and age.
 
     (2 r - 1) * bound with r from Philox at the element's row-major number. Writes the elements of the chosen units
@@ -1097,8 +1097,7 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
                 mask = mask & (tl.load(is_chosen + owner, mask & (owner >= 0), 0) == 0)
             new = tl.zeros([BLOCK], tl.float32) + value.to(tl.float32)
             if kind == NORMAL:
-                if DISTRIBUTION == NORMAL:
-                    new = (_normal(element, seed, step, tl.load(target + T_STREAM)) * value).to(tl.float32)
+                new = (_normal(element, seed, step, tl.load(target + T_STREAM)) * value).to(tl.float32)
             elif kind != FILL:
                 r = _unit_uniform(element, seed, step, tl.load(target + T_STREAM))
                 new = tl.where(kind == UNIT, r, (2.0 * r - 1.0) * value.to(tl.float32))
