@@ -31,16 +31,16 @@ def inside_step() -> bool:
     return False
 
 
-def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
-    """The floating-point tensors of the parameter's shape that any of the optimizers keeps for it.
+def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[tuple[Any, Tensor]]:
+    """The floating-point tensors of the parameter's shape that any of the optimizers keeps for it, with their keys.
 
     Momentum, exp_avg, square_avg and their like have one entry an element and are returned; a step count or a
     factored second moment has another shape and is not.
     """
     return [
-        value
+        (key, value)
         for optimizer in optimizers
-        for value in state_of(optimizer).get(parameter, {}).values()
+        for key, value in state_of(optimizer).get(parameter, {}).items()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
     ]
 
