@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +91,7 @@ class Engine:
         processes: Processes | None = None,
         layer: str = "",
     ) -> None:
-        check_options(capture, seed)
+        seed = checked_seed(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
         device = self._device = _one_device(groups)
         self._wanted = backend
@@ -159,9 +161,9 @@ class Engine:
 
     def set_hyper(self, **values: float) -> None:
         """Set replacement_rate, maturity_threshold or decay_rate; all are checked before any is set."""
-        check_hyper(values)
-        self._hyper.update(values)
-        self._state.set_hyper(**self._hyper)
+        hyper = self._hyper | checked_hyper(values)
+        self._state.set_hyper(**hyper)
+        self._hyper = hyper
 
     @property
     def why_not_triton(self) -> str | None:
@@ -518,51 +520,36 @@ class Engine:
             }
             if state.rule.keeps_mean:
                 groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
-        rule = {f.name: getattr(state.rule, f.name) for f in fields(state.rule) if f.init}
+        rule = described(state.rule)
         numbers = {"seed": int(state.seed), "step": int(state.step)}
         measured = {"deviations": state.deviations} if state.deviations else {}
         return {"rule": rule, **self._hyper, **numbers, **measured, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
-        state, own = self._state, self.state_dict()
-        _check_keys("state_dict", state_dict, own)
-        if state_dict["rule"] != own["rule"]:
-            theirs = state_dict["rule"] if isinstance(state_dict["rule"], Mapping) else {}
-            differ = [
-                f"{key}={theirs.get(key)!r}, not {mine!r}"
-                for key, mine in own["rule"].items()
-                if theirs.get(key) != mine
-            ]
-            raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ) or state_dict['rule']!r}")
-        _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
-        for name, mine in own["groups"].items():
-            theirs = state_dict["groups"][name]
-            _check_keys(f"state_dict of group '{name}'", theirs, mine)
-            for key, value in mine.items():
-                _check_entry(f"{key} of group '{name}'", theirs[key], value)
-        for key in ("seed", "step"):
-            _check_entry(key, state_dict[key], own[key])
-        if state.deviations:
-            _check_keys("state_dict['deviations']", state_dict["deviations"], state.deviations)
-            for name, mine in state.deviations.items():
-                _check_entry(f"deviation of {name}", state_dict["deviations"][name], mine)
-        # the last call that can fail checks before it sets
-        self.set_hyper(**{key: state_dict[key] for key in self._hyper})
+        state, own = self.state, self.state_dict()
+        theirs = checked_state(state_dict, own)
+        self.await_sums()
+        # all of it in a copy first
+        buffer = state.buffer.clone()
+        fields = state.views(buffer)
         for g, layout in enumerate(state.layouts):
-            theirs = state_dict["groups"][layout.name]
-            state.utility[layout.units].copy_(theirs["utility"])
-            state.age[layout.units].copy_(theirs["age"])
-            state.pending[g] = theirs["pending"]
-            state.num_replaced[g] = theirs["num_replaced"]
+            group = theirs["groups"][layout.name]
+            fields["utility"][layout.units].copy_(group["utility"])
+            fields["age"][layout.units].copy_(group["age"])
+            fields["pending"][g] = group["pending"]
+            fields["num_replaced"][g] = group["num_replaced"]
             if state.rule.keeps_mean:
-                state.running_mean[state.columns_of(layout)].copy_(theirs["running_mean"])
+                fields["running_mean"][state.columns_of(layout)].copy_(group["running_mean"])
+        fields["seed"].fill_(theirs["seed"])
+        fields["step"].fill_(theirs["step"])
+        for name in ("num_chosen", "count", "activation", "feature"):
+            fields[name].zero_()
         if state.deviations:
-            state.deviations = state_dict["deviations"]
-        state.seed.fill_(state_dict["seed"])
-        state.step.fill_(state_dict["step"])
-        state.num_chosen.zero_()
-        self.forget_forwards()
+            state.deviations = theirs["deviations"]
+        _copy(state.buffer, buffer)
+        self.set_hyper(**{key: theirs[key] for key in self._hyper})
+        self.finish()
 
     def adopt(self, other: Engine) -> None:
         """Go on where another engine of the model and rule is: groups of the same name and width keep their state."""
@@ -656,26 +643,46 @@ class Rates:
         self._engine.set_hyper(decay_rate=value)
 
 
-def check_options(capture: str, seed: int | None) -> None:
-    """Raises ValueError for a capture or a seed that is none."""
+def checked_seed(capture: str, seed: int | None) -> int | None:
+    """The seed as an integer of Python; raises ValueError for a capture or a seed that is none."""
     if capture not in _HELD_BYTES:
         raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
-    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+    if seed is None:
+        return None
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -(2**64)
+    if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
+    return number
 
 
-def check_hyper(values: Mapping[str, float]) -> None:
-    """Raises TypeError or ValueError for a replacement_rate, maturity_threshold or decay_rate that is none."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is {value!r}, must be a number")
+def checked_hyper(values: Mapping[str, Any]) -> dict[str, float]:
+    """A replacement_rate, maturity_threshold or decay_rate as numbers of Python.
+
+    Raises:
+        TypeError, ValueError: one is no number, or lies out of range.
+    """
+    checked: dict[str, float] = {}
+    for name, given in values.items():
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
+            raise TypeError(f"{name} is {_shown(given)}, must be a number")
+        value = int(given) if isinstance(given, numbers.Integral) else float(given)
         if name == "maturity_threshold":
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"maturity_threshold is {_shown(given)}, must be a number of steps, at least 0")
         elif not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
+            raise ValueError(f"{name} is {_shown(given)}, must lie in [0, 1]")
         if name == "decay_rate" and value == 1:
             raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+        checked[name] = value
+    return checked
+
+
+def described(rule: Rule) -> dict[str, Any]:
+    """A rule as a `state_dict` holds it."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
 
 
 def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
@@ -927,24 +934,128 @@ def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     return next(iter(names))
 
 
-def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a `state_dict` in which every entry is of the kind and size that it is in `own`.
+
+    Args:
+        own: what this network saves; groups that are not known yet may be a function of their names.
+
+    Raises:
+        ValueError: an entry is not as it must be.
+    """
+    theirs = _entries(state_dict, "state_dict", own)
+    rule = theirs["rule"]
+    if not isinstance(rule, Mapping):
+        raise ValueError(f"state_dict was saved with another rule: {_shown(rule)}")
+    rule = _entries(rule, "state_dict['rule']", own["rule"])
+    differ = [
+        f"{key}={_shown(rule[key])}, not {mine!r}"
+        for key, mine in own["rule"].items()
+        if type(rule[key]) is not type(mine) or rule[key] != mine
+    ]
+    if differ:
+        raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ)}")
+    try:
+        hyper = checked_hyper({key: theirs[key] for key in own if key.endswith(("_rate", "_threshold"))})
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"state_dict: {error}") from None
+    numbers = {key: _checked_entry(key, theirs[key], own[key]) for key in ("seed", "step")}
+    measured = {}
+    if "deviations" in own:
+        mine = own["deviations"]
+        deviations = _entries(theirs["deviations"], "state_dict['deviations']", mine)
+        measured["deviations"] = {
+            str(name): _checked_entry(f"deviation of {_shown(name)}", value, 0.0) for name, value in deviations.items()
+        }
+    known = own["groups"]
+    groups = _entries(theirs["groups"], "state_dict['groups'] (another network?)", known)
+    checked: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        what = f"group '{name}'" if type(name) is str else f"group {_shown(name)}"
+        mine = known[name] if known is not None else _group_like(group, own["rule"])
+        group = _entries(group, f"state_dict of {what}", mine)
+        checked[name] = {key: _checked_entry(f"{key} of {what}", group[key], value) for key, value in mine.items()}
+    return {"rule": dict(own["rule"]), **hyper, **numbers, **measured, "groups": checked}
+
+
+def _group_like(group: Any, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group's entries must be, of which nothing is known but what was saved."""
+    utility = group.get("utility") if type(group) is dict else None
+    n = utility.numel() if type(utility) is Tensor else 0
+    mean = group.get("running_mean") if type(group) is dict else None
+    double = type(utility) is Tensor and utility.dtype == torch.float64
+    like: dict[str, Any] = {
+        "utility": torch.empty(n, dtype=torch.float64 if double else torch.float32, device="cpu"),
+        "age": torch.empty(n, dtype=torch.int32, device="cpu"),
+        "pending": 0.0,
+        "num_replaced": 0,
+    }
+    if Rule(**rule).keeps_mean:
+        columns = mean.numel() if type(mean) is Tensor else 0
+        like["running_mean"] = torch.empty(columns, dtype=torch.float64, device="cpu")
+    return like
+
+
+def _entries(theirs: Any, what: str, mine: Mapping[str, Any] | None) -> dict[Any, Any]:
+    """The entries of a mapping, which must have the keys of `mine`, if those are known."""
     if not isinstance(theirs, Mapping):
         raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
-    missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(map(str, theirs.keys() - mine.keys()))
-    if missing or unexpected:
-        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+    try:
+        entries = {key: theirs[key] for key in theirs}
+        keys = set(entries)
+        wrong_type = [key for key in keys if type(key) is not str]
+        missing, unexpected = (set(), set()) if mine is None else (mine.keys() - keys, keys - mine.keys())
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {_shown(error)}") from None
+    if missing or unexpected or wrong_type:
+        extra = sorted(_shown(key) for key in {*unexpected, *wrong_type})
+        gone = sorted(missing) or "nothing"
+        raise ValueError(f"{what}: missing {gone}, unexpected {', '.join(extra[:20]) or 'nothing'}")
+    return entries
 
 
-def _check_entry(what: str, theirs: Any, mine: Any) -> None:
+def _checked_entry(what: str, theirs: Any, mine: Any) -> Any:
+    """A copy of one entry of a `state_dict`."""
     if isinstance(mine, Tensor):
-        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, Tensor) else type(theirs).__name__
-            raise ValueError(f"state_dict: {what} is {got}, must be {tuple(mine.shape)} {mine.dtype}")
-        if not theirs.isfinite().all() or (not theirs.is_floating_point() and (theirs < 0).any()):
-            raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
-    elif type(theirs) is not type(mine):
-        raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
-    else:
-        least = -(2**63) if what == "seed" else 0
-        if not least <= theirs < 2**63:
-            raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least {least} and below 2**63")
+        return _checked_tensor(what, theirs, mine)
+    kind = numbers.Integral if isinstance(mine, int) else numbers.Real
+    least = -(2**63) if what == "seed" else 0
+    try:
+        value = type(mine)(theirs) if isinstance(theirs, kind) and not isinstance(theirs, bool) else None
+    except Exception:
+        value = None
+    if value is None:
+        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be a {type(mine).__name__}")
+    if not least <= value < 2**63:
+        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be at least {least} and below 2**63")
+    return value
+
+
+def _checked_tensor(what: str, theirs: Any, mine: Tensor) -> Tensor:
+    must = f"must be {tuple(mine.shape)} {mine.dtype}"
+    if type(theirs) is not Tensor:
+        raise ValueError(f"state_dict: {what} is {type(theirs).__name__}, {must}")
+    try:
+        if theirs.layout != torch.strided or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            layout = "" if theirs.layout == torch.strided else f" {theirs.layout}"
+            raise ValueError(f"state_dict: {what} is {tuple(theirs.shape)} {theirs.dtype}{layout}, {must}")
+        if theirs.requires_grad:
+            raise ValueError(f"state_dict: {what} requires a gradient; detach it")
+        if theirs.is_meta or is_functorch_wrapped_tensor(theirs) or _room_of(theirs) < _extent_of(theirs):
+            raise ValueError(f"state_dict: {what} has no numbers in it")
+        copy = theirs.detach().to("cpu", copy=True)
+        good = bool(copy.isfinite().all()) and (copy.is_floating_point() or not bool((copy < 0).any()))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"state_dict: {what} cannot be read: {_shown(error)}") from None
+    if not good:
+        raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
+    return copy
+
+
+def _shown(value: Any) -> str:
+    """What a message shows of anything."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."

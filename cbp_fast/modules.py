@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .distributed import several_processes
 from .engine import Engine, Rates, is_observed, step_together
-from .optimizer_state import inside_step, skipped
+from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve
 
@@ -39,6 +40,7 @@ def _observe(layer: _CBPLayer) -> None:
     _layers.append(weakref.ref(layer, _forget))
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+        watch_skips(sys.modules[__name__])
 
 
 def _forget(ref: weakref.ref[_CBPLayer]) -> None:
@@ -49,13 +51,17 @@ def _forget(ref: weakref.ref[_CBPLayer]) -> None:
     if not _layers and _hook is not None and not inside_step():
         _hook.remove()
         _hook = None
+        unwatch_skips(sys.modules[__name__])
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """One step of all layers for which this was the last of the optimizers that train their tensors."""
     # a tuple, because layers may go at any moment
     layers = [layer for ref in tuple(_layers) if (layer := ref()) is not None]
-    if not layers or skipped(optimizer):
+    if not layers:
+        return
+    if skipped(optimizer):
+        _after_skipped_step(optimizer)
         return
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     ready: list[_CBPLayer] = []
@@ -66,7 +72,10 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
         known = optimizer in trainers
         trainers.add(optimizer)
-        waiting = _waiting.setdefault(layer, weakref.WeakSet(trainers))
+        waiting = _waiting.get(layer)
+        # an empty one is that of a step that was interrupted
+        if waiting is None or not len(waiting):
+            waiting = _waiting[layer] = weakref.WeakSet(trainers)
         # who steps again alone has taken the place of the others, an optimizer of an earlier task perhaps
         if known and optimizer not in waiting:
             trainers -= waiting
@@ -77,6 +86,15 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             ready.append(layer)
     optimizers = {id(o): o for layer in ready for o in _seen[layer]}
     step_together([layer._engine for layer in ready], list(optimizers.values()))
+
+
+def _after_skipped_step(optimizer: Optimizer) -> None:
+    """What layers saw counts for nothing if the only optimizer that trains them made no update of it."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in [layer for ref in tuple(_layers) if (layer := ref()) is not None]:
+        alone = all(other is optimizer for other in _trainers.get(layer, ()))
+        if alone and any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
+            layer._engine.forget_forwards()
 
 
 class _CBPLayer(Rates, nn.Module):

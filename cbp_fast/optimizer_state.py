@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 # looked up here, because at exit a layer may outlive the list of modules
@@ -19,6 +21,38 @@ def skipped(optimizer: Optimizer) -> bool:
     # in its own dict, where GradScaler puts it: to look through its classes in vain takes longer than a layer's sums
     found_inf = vars(optimizer).get("found_inf")
     return found_inf is not None and bool(found_inf.item())
+
+
+# who wants to know of steps that GradScaler skips, for which PyTorch has no hook; and its method, while one is
+_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+_step_or_skip = GradScaler._maybe_opt_step
+
+
+def watch_skips(watcher: Any) -> None:
+    """Have `watcher._after_skipped_step(optimizer)` called after a step that GradScaler skips and no hook tells of."""
+    _watchers.add(watcher)
+    if GradScaler._maybe_opt_step is _step_or_skip:
+        GradScaler._maybe_opt_step = _watched_step_or_skip  # type: ignore[method-assign]
+
+
+def unwatch_skips(watcher: Any) -> None:
+    """Take that back."""
+    _watchers.discard(watcher)
+    if not len(_watchers) and GradScaler._maybe_opt_step is _watched_step_or_skip:
+        GradScaler._maybe_opt_step = _step_or_skip  # type: ignore[method-assign]
+
+
+def _watched_step_or_skip(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    steps: list[Optimizer] = []
+    handle = optimizer.register_step_pre_hook(lambda stepping, args, kwargs: steps.append(stepping))
+    try:
+        result = _step_or_skip(self, optimizer, *args, **kwargs)
+    finally:
+        handle.remove()
+    if not steps:
+        for watcher in list(_watchers):
+            watcher._after_skipped_step(optimizer)
+    return result
 
 
 def inside_step() -> bool:
