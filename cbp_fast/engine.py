@@ -209,9 +209,16 @@ class Engine:
             return
         if self._journal is not None:
             self._journal.settle()
-        if self._nbytes(h) < 0 and not self._stands_for_one(slot, h):
+        nbytes = self._nbytes(h)
+        if nbytes < 0 and not self._stands_for_one(slot, h):
             return
         h = h.detach()
+        # of an expanded tensor there is less memory than elements, too
+        if nbytes > 0 and h.untyped_storage().nbytes() < nbytes:
+            why = self._why_unreadable(slot, h)
+            if why is not None:
+                self._leave_out([(slot, why)])
+                return
         # the kernels do not see whether a tensor is the negative of its memory, or only stands for others
         if self._room < 0 or self._inline[slot] or h.is_neg() or type(h) is not Tensor:
             self._sum_up(slot, h.resolve_neg())

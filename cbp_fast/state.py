@@ -452,7 +452,8 @@ class State:
         self.replacement_rate = replacement_rate
         log_decay = math.log(decay_rate) if decay_rate else 0.0
         values = (replacement_rate, maturity_threshold, decay_rate, log_decay)
-        self.hyper.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        with _plainly():
+            self.hyper.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def forget_forwards(self) -> None:
         """Zero the sums over activations since the last step."""
