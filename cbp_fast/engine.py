@@ -386,7 +386,7 @@ class Engine:
             self.restore()
             try:
                 self.check_tensors()
-                _check_memory([w for w in weights], [ref.name for ref in self._state.weights], self.layer)
+                _check_memory(list(weights), [ref.name for ref in self._state.weights], self.layer)
             except RuntimeError as named:
                 raise named from None
             whys = [self._why_unreadable(slot, h) for h, slot in zip(*forwards, strict=True)]
@@ -482,7 +482,7 @@ class Engine:
         self._captured = False
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
-        """Slots and activations held, to be read on this stream, less those that were changed in place or freed since."""
+        """Slots and activations held, to be read on this stream, less those that were changed in place or freed."""
         forwards = self._forwards
         if not forwards:
             return [], []
@@ -727,10 +727,10 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
 class _Journal:
     """How far a step has come, or the adding of forwards to the sums: what is cut short is taken back or finished.
 
-    Until all that is to be written is known, and is known to be writable, the engines can be put back to what they were
-    before. From then on it goes forward only: what was chosen is in the state, so that writing it again writes the same.
-    Each mark is one assignment, after what it stands for, so that any exception finds one of the two. Who raised has the
-    engines settled before the exception goes on; if that is cut short as well, the next use of an engine settles them.
+    Until all that is to be written is known, and is known to be writable, the engines can be put back to what they
+    were before. From then on it goes forward only: what was chosen is in the state, so that writing it again writes
+    the same. Each mark is one assignment, after what it stands for, so that any exception finds one of the two. The
+    engines are settled before the exception goes on; if that is cut short as well, by the next use of one of them.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -964,7 +964,7 @@ def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ)}")
     try:
         hyper = checked_hyper({key: theirs[key] for key in own if key.endswith(("_rate", "_threshold"))})
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"state_dict: {error}") from None
     numbers = {key: _checked_entry(key, theirs[key], own[key]) for key in ("seed", "step")}
     measured = {}
@@ -987,9 +987,8 @@ def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _group_like(group: Any, rule: Mapping[str, Any]) -> dict[str, Any]:
     """What a group's entries must be, of which nothing is known but what was saved."""
-    utility = group.get("utility") if type(group) is dict else None
-    n = utility.numel() if type(utility) is Tensor else 0
-    mean = group.get("running_mean") if type(group) is dict else None
+    utility, mean = (group.get(key) if type(group) is dict else None for key in ("utility", "running_mean"))
+    n = _length(utility)
     double = type(utility) is Tensor and utility.dtype == torch.float64
     like: dict[str, Any] = {
         "utility": torch.empty(n, dtype=torch.float64 if double else torch.float32, device="cpu"),
@@ -998,9 +997,12 @@ def _group_like(group: Any, rule: Mapping[str, Any]) -> dict[str, Any]:
         "num_replaced": 0,
     }
     if Rule(**rule).keeps_mean:
-        columns = mean.numel() if type(mean) is Tensor else 0
-        like["running_mean"] = torch.empty(columns, dtype=torch.float64, device="cpu")
+        like["running_mean"] = torch.empty(_length(mean), dtype=torch.float64, device="cpu")
     return like
+
+
+def _length(vector: Any) -> int:
+    return len(vector) if type(vector) is Tensor and not vector.is_nested and vector.dim() == 1 else 0
 
 
 def _entries(theirs: Any, what: str, mine: Mapping[str, Any] | None) -> dict[Any, Any]:
@@ -1060,9 +1062,16 @@ def _checked_tensor(what: str, theirs: Any, mine: Tensor) -> Tensor:
 
 
 def _shown(value: Any) -> str:
-    """What a message shows of anything."""
+    """What a message shows of anything, whose own way of showing itself may fail, or read memory that is not there."""
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
     try:
-        text = repr(value)
+        if value is None or isinstance(value, (str, bytes, numbers.Number)):
+            text = repr(value)
+        elif isinstance(value, Exception):
+            text = f"{type(value).__name__}: {value}"
+        else:
+            text = f"a {type(value).__name__}"
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else text[:200] + "..."

@@ -165,8 +165,8 @@ class State:
         num_chosen: int32 [G] and chosen: int32 [T], the units replaced in the last step, group g's from its
         first unit's place on, least score first.
 
-    Limits: `step` and `num_replaced` stay at 2**63 - 1. Draws repeat after 2**48 steps, 4,000 years of 2,000 a second, and
-    are of their own for the first 2**50 elements of a tensor: see `reference.philox`.
+    Limits: `step` and `num_replaced` stay at 2**63 - 1. Draws repeat after 2**48 steps, 4,000 years of 2,000 a second,
+    and are of their own for the first 2**50 elements of a tensor: see `reference.philox`.
 
     `redo` is a dict while what is written must be the same a second time, of which a backend keeps there what it needs.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cbp_fast import CBPLinear, ContinualBackprop, Rule, _C
+from cbp_fast import _C, CBPLinear, ContinualBackprop, Rule
 from cbp_fast.engine import step_together
 
 RATES = {"replacement_rate": 0.4, "maturity_threshold": 0, "decay_rate": 0.9}
@@ -162,7 +162,7 @@ def check_every_place(case, steps, events, stride):
             engine._forwards, engine._storages, engine._captured = held, storages, arguments[2] == "inline"
             points += stride
     assert points > stride
-    assert 0 < taken_back
+    assert taken_back > 0
     return points
 
 
@@ -384,7 +384,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("capture", ["deferred", "inline"])
 def test_a_forward_that_cannot_be_read_is_left_out_once(backend, capture, kind):
-    model, cbp = two_layers(backend, capture=capture)
+    _, cbp = two_layers(backend, capture=capture)
     good = torch.randn(3, 6)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -399,7 +399,7 @@ def test_a_forward_that_cannot_be_read_is_left_out_once(backend, capture, kind):
 
 
 def test_an_activation_that_is_freed_before_the_step_is_left_out(backend):
-    model, cbp = two_layers(backend, capture="deferred")
+    _, cbp = two_layers(backend, capture="deferred")
     for i in range(3):
         h = torch.randn(3, 6)
         cbp._engine.record(0, h)
@@ -417,7 +417,7 @@ def test_an_activation_that_is_freed_before_the_step_is_left_out(backend):
 
 
 def test_a_view_counts_as_its_storage(backend):
-    model, cbp = two_layers(backend)
+    _, cbp = two_layers(backend)
     large = torch.randn(1000, 50, 6)
     cbp._engine.record(0, large[:, 0])
     assert cbp._engine.held_bytes == large.nbytes
