@@ -379,8 +379,9 @@ class Engine:
         """
         if self._backend == "reference" and with_weights:
             self.check_tensors()
-        weights = self._weights() if with_weights else []
+        weights: list[Tensor] = []
         try:
+            weights = self._weights() if with_weights else []
             return function(self._state, weights, *forwards)
         except Exception:
             self.restore()

@@ -30,6 +30,8 @@ _seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakre
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
+# this module; at exit a layer may outlive the list of modules
+_this = sys.modules[__name__]
 # torch's hook for all optimizers, while there are layers
 _hook: RemovableHandle | None = None
 
@@ -40,7 +42,7 @@ def _observe(layer: _CBPLayer) -> None:
     _layers.append(weakref.ref(layer, _forget))
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
-        watch_skips(sys.modules[__name__])
+        watch_skips(_this)
 
 
 def _forget(ref: weakref.ref[_CBPLayer]) -> None:
@@ -51,7 +53,7 @@ def _forget(ref: weakref.ref[_CBPLayer]) -> None:
     if not _layers and _hook is not None and not inside_step():
         _hook.remove()
         _hook = None
-        unwatch_skips(sys.modules[__name__])
+        unwatch_skips(_this)
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
