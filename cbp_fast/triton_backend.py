@@ -984,6 +984,17 @@ def _owners(state: State, region: Region, shape: Sequence[int]) -> list[int]:
     return owners.tolist()
 
 
+def _biases(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that transfers add to."""
+    rest, found = iter(tensors), {}
+    for number in regions:
+        tensor = next(rest)
+        if state.regions[number >> 1].kind == TRANSFER:
+            next(rest)
+            found[id(tensor)] = tensor
+    return list(found.values())
+
+
 @torch.no_grad()
 def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
     """See `reference.reinit_`."""
@@ -993,9 +1004,19 @@ def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
         key = (layout, tuple(addresses), tuple(regions))
         targets = _recent(tables.targets, key, lambda: _Targets(state, regions, tensors))
         tables.used(targets)
-        for (outputs, transfers), (programs, writes) in targets.rounds:
-            if outputs:
+        # of each round, what was there before its transfers, or None after them
+        redo = {} if state.redo is None else state.redo
+        for i, ((outputs, transfers), (programs, writes)) in enumerate(targets.rounds):
+            if i + 1 in redo:
+                continue
+            if outputs and redo.get(i, ()) is not None:
                 tiles, biases, rows = transfers
+                if state.redo is not None and i in redo:
+                    for bias, before in redo[i]:
+                        bias.copy_(before)
+                elif state.redo is not None:
+                    redo[i] = [(bias, bias.clone()) for bias in _biases(state, regions, tensors)]
                 k.launch(k.transfer, (outputs,), (tiles, biases, rows, tables.columns, tables.addresses), {})
+            redo[i] = None
             if programs:
                 k.launch(k.reinit, (programs,), (*writes, tables.addresses), {"WIDE_UTILITY": tables.wide})
