@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import chain, compress
 from operator import attrgetter, getitem, is_
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
 from . import cpp
@@ -50,6 +53,16 @@ def unobserved() -> Iterator[None]:
         yield
     finally:
         _here.unobserved = before
+
+
+def in_functional_call() -> bool:
+    """Whether the caller runs within `torch.func.functional_call`, whose parameters may not be the model's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is stateless._functional_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _version_of = attrgetter("_version")
@@ -110,6 +123,9 @@ class Engine:
         self._regions: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self.state.regions):
             self._regions[region.group].append(i)
+        # the parameters of each reading layer, and the weight that it had when it was last observed
+        self._readers = [slot.module._parameters for slot in self.state.slots]
+        self._own = [None if is_dtensor(own["weight"]) else own["weight"] for own in self._readers]
         # a slot whose activations were once changed in place after the forward is summed inline from then on
         self._inline = [False] * len(self.state.slots)
         self.forget_forwards()
@@ -177,9 +193,12 @@ class Engine:
             return
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
         if is_compiling():
-            if h.device == self._device:
+            # what is exported belongs to nobody
+            if h.device == self._device and not is_exporting():
                 self._functions.capture_(self.state, slot, h.detach())
                 self._captured = True
+            return
+        if self._readers[slot].get("weight") is not self._own[slot] and not self._is_own(slot):
             return
         nbytes = self._nbytes(h)
         # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
@@ -202,6 +221,16 @@ class Engine:
             self._versions.append(h._version)
             if self._device.type == "cuda":
                 self._streams.add(stream_of(self._device))
+
+    def _is_own(self, slot: int) -> bool:
+        """Whether the reader's weight, which is another than before, is its own, and not one that it is called with."""
+        # what is spread over processes is another tensor while it is in use
+        if self._own[slot] is None:
+            return True
+        if in_functional_call():
+            return False
+        self._own[slot] = self._readers[slot].get("weight")
+        return True
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.

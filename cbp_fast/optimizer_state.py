@@ -21,11 +21,12 @@ def skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
-def inside_step() -> bool:
-    """Whether the caller runs within an optimizer's step, as its hooks do: none can be removed then."""
+def inside_step(optimizer: Optimizer | None = None) -> bool:
+    """Whether the caller runs within an optimizer's step, or this one's, as its hooks do: none can be removed then."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == _FILE and isinstance(frame.f_locals.get("self"), Optimizer):
+        of = frame.f_locals.get("self") if frame.f_code.co_filename == _FILE else None
+        if isinstance(of, Optimizer) and (optimizer is None or of is optimizer):
             return True
         frame = frame.f_back
     return False
