@@ -7,8 +7,8 @@ Of a unit that may be re-initialised two statements hold:
 - B: with its rows and biases at zero and its norm entries at their defaults, its columns in all outgoing layers see the
   same whatever the input is.
 
-Norms of torch.nn.functional over features couple all units by their statistics. That is allowed, so that here they scale
-and shift only.
+Norms of torch.nn.functional over features couple all units by their statistics. That is allowed, so that here they
+scale and shift only.
 """
 
 import copy
@@ -199,7 +199,9 @@ def _tensors(value):
         value = vars(value)
     if isinstance(value, dict):
         value = value.values()
-    return [t for entry in value for t in _tensors(entry)] if isinstance(value, (list, tuple, type({}.values()))) else []
+    return (
+        [t for entry in value for t in _tensors(entry)] if isinstance(value, (list, tuple, type({}.values()))) else []
+    )
 
 
 def _features(model, args, group, unit, strange):

@@ -1,8 +1,8 @@
 """Units that go into any tensor argument of any operation: each is followed, or refused, never lost.
 
-PyTorch's own samples say how an operation is called. One tensor of a sample at a time is made of hidden units, which a layer
-also reads in the usual way, and the others depend on the input; what the operation returns is an output, or goes through
-another layer. A group that is found then must be right, by the oracle.
+PyTorch's own samples say how an operation is called. One tensor of a sample at a time is made of hidden units, which a
+layer also reads in the usual way, and the others depend on the input; what the operation returns is an output, or goes
+through another layer. A group that is found then must be right, by the oracle.
 """
 
 import functools
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from cbp_fast.discovery import find_unit_groups
 
 _ROWS, _UNITS = 4, 5
-_CHUNKS = 8
+# of all operations, tests that run beside each other take these parts, and make test one of so many
+_PARTS, _SOME = 8, 8
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def _operations():
 
         names = ("unary", "binary", "pointwise", "reduce", "other")
         foreach = [op for kind in names for op in getattr(known, f"foreach_{kind}_op_db", ())]
-        return [*known.op_db, *foreach]
+        return [op for op in (*known.op_db, *foreach) if op.dtypes]
 
 
 def _spread(units, shape):
@@ -88,14 +89,21 @@ def _network(function, sample, fed, how, read, writes=False):
         ]
         first, args, kwargs = tree_unflatten(given, spec)
         result = function(first, *args, **kwargs)
-        made = [t for t in tree_leaves(first if writes else result) if isinstance(t, torch.Tensor) and t.numel()]
-        return m.head(units), [torch.view_as_real(t) if t.is_complex() else t for t in made]
+        # a number that Python has is a result too; a condition is a path
+        made = [
+            torch.tensor(float(t)) if type(t) in (int, float) else t
+            for t in tree_leaves(first if writes else result)
+            if type(t) in (int, float) or (isinstance(t, torch.Tensor) and t.numel())
+        ]
+        return m.head(units), [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in made]
 
     def forward(m, x):
         head, made = results(m, x)
         if not read:
             return head, made
-        return head, [layer(t.double().reshape(-1, layer.in_features)) for layer, t in zip(m.readers, made, strict=True)]
+        return head, [
+            layer(t.double().reshape(-1, layer.in_features)) for layer, t in zip(m.readers, made, strict=True)
+        ]
 
     model = Net(forward, hidden=nn.Linear(3, _UNITS), head=nn.Linear(_UNITS, 3)).double()
     _, made = results(model, torch.randn(_ROWS, 3, dtype=torch.float64))
@@ -121,14 +129,26 @@ def _forms(op):
         yield " out=", functools.partial(_out, op.op), False
 
 
+def _makes_something(op, sample):
+    result = op(sample.input, *sample.args, **sample.kwargs)
+    return any(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)) or isinstance(
+        result, (int, float)
+    )
+
+
 def _samples(op, count):
     """Samples of an operation that differ in the axes of their tensors, those with most axes first."""
-    dtype = next(t for t in (torch.float64, torch.complex128, torch.int64, torch.bool, *op.dtypes) if t in op.dtypes)
+    usual = (torch.float64, torch.float32, torch.complex128, torch.int64, torch.bool)
+    dtype = next((t for t in usual if t in op.dtypes), None)
+    if dtype is None:
+        return []
     found = {}
-    for sample in itertools.islice(op.sample_inputs("cpu", dtype), 12):
+    for sample in itertools.islice(op.sample_inputs("cpu", dtype), 100):
         tensors = [t for t in tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(t, torch.Tensor)]
-        if tensors and all(t.numel() and t.layout == torch.strided and t.numel() < 3000 for t in tensors):
-            found.setdefault(tuple(t.dim() for t in tensors), sample)
+        axes = tuple(t.dim() for t in tensors)
+        dense = all(0 < t.numel() < 20000 and t.layout == torch.strided for t in tensors)
+        if tensors and dense and axes not in found and _makes_something(op, sample):
+            found[axes] = sample
     return [found[axes] for axes in sorted(found, key=sum, reverse=True)][:count]
 
 
@@ -151,7 +171,9 @@ def feed(op, count, forms):
     for sample in _samples(op, count):
         leaves = tree_leaves((sample.input, tuple(sample.args), dict(sample.kwargs)))
         for form, function, writes in list(_forms(op))[:forms]:
-            for i in (i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)):
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+            # of long lists the ends
+            for i in dict.fromkeys(places[:3] + places[-3:]):
                 for read in (False, True):
                     for how in ("plain", "bounded", "scaled"):
                         try:
@@ -175,3 +197,56 @@ def feed(op, count, forms):
                         given = {k: v for k, v in sample.kwargs.items() if not isinstance(v, torch.Tensor)}
                         wrong.append(f"argument {i} of {op.name}{form} ({given}, read by a layer: {read}): {why}")
     return fed, skipped, wrong
+
+
+# why an operation's sample has nothing to feed
+_SKIPPED = {
+    "takes no tensor": """arange broadcast_shapes empty empty_permuted empty_strided eye full linspace logspace ones
+        randint randn scalar_tensor tril_indices triu_indices zeros signal.windows.bartlett signal.windows.blackman
+        signal.windows.cosine signal.windows.exponential signal.windows.gaussian signal.windows.general_cosine
+        signal.windows.general_hamming signal.windows.hamming signal.windows.hann signal.windows.kaiser
+        signal.windows.nuttall""",
+    "returns a condition, or nothing of a size": "allclose equal",
+    "returns memory that nothing was written to": "empty_like new_empty new_empty_strided",
+    "is not for dense tensors, or not for float64": "sparse.mm sparse.sampled_addmm to_sparse _scaled_mm _scaled_mm_v2",
+    "is not there without a GPU": """jiterator_2inputs_2outputs jiterator_4inputs_with_extra_args jiterator_binary
+        jiterator_binary_return_by_ref jiterator_unary""",
+    "cannot have a gradient": "resize_",
+}
+
+
+def _chunk(part, parts, every=1):
+    """Feeds one part of all operations."""
+    operations = [op for op in _operations() if zlib.crc32(op.name.encode()) % every == 0]
+    count, unfed, wrong = 0, [], []
+    for op in operations[part::parts]:
+        fed, skipped, bad = feed(op, 1, 1) if every > 1 else feed(op, 2, 3)
+        count += len(fed)
+        unfed += [] if fed else [f"{op.name}: {(skipped or ['it takes no tensor'])[0]}"]
+        wrong += bad
+    known = {name for names in _SKIPPED.values() for name in names.split()}
+    return (
+        count,
+        [
+            line
+            for line in unfed
+            if line.partition(":")[0].removeprefix("torch.").removeprefix("ops.aten.") not in known
+        ],
+        wrong,
+    )
+
+
+def test_units_in_any_argument_of_some_operations():
+    count, unfed, wrong = _chunk(0, 1, every=_SOME)
+    assert not wrong, "\n".join(wrong)
+    assert not unfed, "\n".join(unfed)
+    assert count > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(_PARTS))
+def test_units_in_any_argument_of_all_operations(part):
+    count, unfed, wrong = _chunk(part, _PARTS)
+    assert not wrong, "\n".join(wrong)
+    assert not unfed, "\n".join(unfed)
+    assert count > 50

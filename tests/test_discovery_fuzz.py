@@ -1,7 +1,7 @@
 """Discovery on random networks: every group that is found must be right, by an oracle that only runs the network.
 
-A network is a short program: lines that compute one value from others, some through a layer. It is grown line by line, and
-a line that does not run is left out. `--networks N` draws N of them.
+A network is a short program: lines that compute one value from others, some through a layer. It is grown line by line,
+and a line that does not run is left out. `--networks N` draws N of them.
 """
 
 import random
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from oracle import wrong_groups
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from cbp_fast.discovery import find_unit_groups
 from cbp_fast.unit_groups import Part, UnitGroup
@@ -21,8 +20,8 @@ from cbp_fast.unit_groups import Part, UnitGroup
 _BATCH = 3
 _NAMES = {"torch": torch, "F": F, "nn": nn}
 
-# {a}, {b}, {c} are values, {n} the last size of {a}; a line that does not set {v} is its value. Whatever else is in braces
-# is made for the place, see _Blanks.
+# {a}, {b}, {c} are values, {n} the last size of {a}; a line that does not set {v} is its value. Whatever else is in
+# braces is made for the place, see _Blanks.
 _LAYERS = """
 m.{lin}({a})
 m.{lin}({a})
@@ -134,7 +133,7 @@ F.batch_norm({a}, {b}.flatten(0, -2).mean(0), {b}.flatten(0, -2).var(0))
 F.batch_norm({a}, None, None, {b}.mean(0), training=True)
 F.batch_norm({a}, None, None, None, {b}.mean(0), training=True)
 F.instance_norm({a})
-F.instance_norm({a}, weight={b}.mean(0))
+F.instance_norm({a}, weight={b}.flatten()[: {a}.shape[1]])
 F.group_norm({a}, 2, {b}.mean(0), m.{scale})
 {a}.softmax(-1)
 {a}.softmax(1)
@@ -220,7 +219,6 @@ torch.bmm({a}, m.{hyper}({b}.mean(1)).unflatten(-1, ({n}, 2)))
 F.conv1d({a}, {b}[:2, :, :1].expand(2, {a}.shape[1], 1))
 F.conv1d({a}, m.{kernel}, {b}.flatten()[:2])
 F.conv2d({a}, {b}.flatten()[: 2 * {a}.shape[1]].reshape(2, -1, 1, 1))
-F.conv2d({a}.flatten(0, 1)[None], {b}.flatten(1)[:, :2].reshape(-1, 1, 1, 1).repeat(5, 1, 1, 1)[: 3 * {a}.shape[1]], groups=3 * {a}.shape[1])
 F.bilinear({a}, {b}, m.{cube})
 torch.baddbmm({a}, {b}, {c})
 torch.addmm({a}.mean(0), {b}, m.{matrix}.T)
@@ -242,9 +240,7 @@ F.batch_norm({a}, m.{stats}.running_mean, m.{stats}.running_var, m.{stats}.weigh
 {a} * {b}.sum(-1, keepdim=True)
 {a} - {a}.flip(0)
 {a} + {b}.roll(1, 0)
-{v} = torch.zeros(3, 4).to({a})\nfor t in range({a}.shape[1]):\n    {v} = torch.tanh(m.{into}({a}[:, t]) + m.{cell}({v}))
 {v} = m.{into}({a}[:, 0])\nfor t in range(3):\n    {v} = {v} + m.{cell}(F.relu(m.{cell2}({v})))
-{v} = {a}\nfor t in range(2):\n    {v} = F.relu(m.{square}({v}))
 {v} = {a}.clone(); {v}[..., :2] = {b}[..., :2]
 {v} = {a}.clone(); {v}[:, :2] += {b}[:, :2]
 {v} = {a}.clone(); {v}[..., 0] = {b}.mean(-1)
@@ -305,11 +301,87 @@ torch.round({a} * 4) / 4
 {a}.sign() * {b}
 F.cross_entropy({a}, tokens[:, 0] % {n}) + {b}
 F.mse_loss({a}, {b}) * {c}
+F.linear({a}, m.{linear}.weight + 1)
+F.linear({a}, m.{linear}.weight + {b}.mean())
+F.linear({a}, m.{linear}.weight * {b}.flatten(0, -2)[0])
+F.linear({a}, m.{linear}.weight, {b}.flatten(0, -2)[0])
+F.linear({a}, m.{lin}.weight) + {b}.mean(-1, keepdim=True)
+torch.einsum("...i,oi->...o", {a}, m.{linear}.weight)
+torch.func.functional_call(m.{linear}, {{"weight": 2 * m.{linear}.weight}}, ({a},), strict=False)
+torch.func.functional_call(m.{linear}, {{"bias": {b}.flatten(0, -2)[0]}}, ({a},), strict=False)
+torch.func.functional_call(m.{square}, {{"weight": m.{linear}.weight}}, ({a},), strict=False)
+p, q = ({a} * 1).chunk(2, -1); {v} = p.mul_(q)
+{v} = {a} * 1; {v}[{b} > 0] = 0.5
+{v} = {a} * 1; {v}[{b} > 0] = {c}[{b} > 0]
+{v} = {a} * 1; {v}[:, torch.tensor([0, 1])] = {b}[:, torch.tensor([1, 0])]
+{v} = {a} * 1; {v}.unbind(-1)[0].copy_({b}[..., 0])
+{v} = {a} * 1; {v}.transpose(0, 1).add_({b}.transpose(0, 1))
+{v} = {a} * 1; {v}.view(-1)[:4].zero_()
+{v} = {a} * 1; {v}.as_strided((3, 2), (1, 1)).add_(1)
+{v} = {a}.as_strided((3, 4), (2, 1))
+{v} = {b} * {a}.sum().item()
+{v} = {b} * float({a}.mean())
+{v} = {b} * torch.tensor({a}.tolist()).to({b})
+{v} = {b} + torch.from_numpy({a}.detach().numpy() * 2)
+{a}.sum(0).expand_as({b}) * {b}
+m.{prelu}({a})
+m.{encoder}({a})
+m.{into}({a}) * m.{again4}({b})
+m.{into}({a}) + m.{again4}({b})
+torch.cat([m.{into}({a}), m.{again4}({b})], -1)
+m.{down4}(F.relu(m.{into}({a})) * F.relu(m.{again4}({b})))
+m.{down4}(F.relu(m.{into}({a})).softmax(-1) * m.{again4}({b}))
+m.{down4}(torch.where(x[..., :1] > 0, m.{into}({a}), m.{again4}({b})))
+m.{down4}(torch.maximum(m.{into}({a}), m.{again4}({b})))
+m.{down4}(m.{into}({a}) / m.{again4}({b}).exp())
+m.{down4}(m.{into}({a}) - m.{again4}({b}).detach())
+m.{down4}(m.{into}({a}) * m.{again4}({b}).sigmoid() + x[:, :4])
+m.{down4}(m.{into}({a}).sigmoid() * x[:, :4])
+m.{down4}(m.{into}({a}).tanh() * x[:, :4])
+m.{down4}((m.{into}({a}) > 0) * x[:, :4])
+m.{down4}((m.{into}({a}) < 0) * x[:, :4])
+m.{down4}(F.relu(m.{into}({a}) - 1) * x[:, :4])
+m.{down4}(F.softplus(m.{into}({a})) * x[:, :4])
+m.{down4}(torch.exp(m.{into}({a})) + 0 * x[:, :4])
+m.{down4}(m.{into}({a}).clamp(min=0.5) * x[:, :4])
+m.{down4}(m.{into}({a}).pow(0) * x[:, :4])
+m.{down4}(torch.lerp(m.{into}({a}), m.{again4}({b}), 0.3))
+m.{down4}(torch.lerp(x[:, :4], m.{into}({a}), m.{again4}({b})))
+m.{down4}(torch.addcdiv(m.{into}({a}), x[:, :4], m.{again4}({b}).exp()))
+m.{down4}(F.gelu(m.{into}({a})) @ m.{again4}({b}).T @ m.{again4}({b}))
+m.{down4}(m.{into}({a}).unsqueeze(-1) * m.{again4}({b}).unsqueeze(-2)).flatten(1)
+m.{down4}((m.{into}({a}).unsqueeze(-1) * m.{again4}({b}).unsqueeze(-2)).sum(-1))
+m.{down4}(m.{into}({a}) * (x[:, :4] > 0) + m.{again4}({b}) * (x[:, :4] <= 0))
+m.{down4}(torch.stack([m.{into}({a}), m.{again4}({b})]).sum(0))
+m.{down4}(torch.stack([m.{into}({a}), m.{again4}({b})]).amax(0))
+m.{down4}(torch.cat([m.{into}({a})[..., :2], m.{again4}({b})[..., 2:]], -1))
+m.{down4}(torch.cat([m.{into}({a}), m.{again4}({b})], -1)[..., ::2])
+m.{down4}(torch.cat([m.{into}({a})[..., 2:], m.{again4}({b})[..., :2]], -1)) + m.{down4}(m.{into}({a}))
+F.linear(m.{into}({a}), m.{down4}.weight) + F.linear(m.{again4}({b}), m.{down4}.weight)
 F.kl_div({a}.log_softmax(-1), {b}.softmax(-1), reduction="batchmean") + {c}
 """.strip()
 
 _HEADS = ["m.{head}({a})", "m.{head}({a}).softmax(-1)", "m.{head}({a}).mean(1)", "{a}.mean()"]
-_TABLES = [(re.split("\n", table), weight) for table, weight in ((_LAYERS, 5), (_USUAL, 5), (_RARE, 2))]
+_TABLES = [table.split("\n") for table in (_LAYERS, _USUAL, _RARE)]
+_TABLES[2] += [
+    # one filter for each sample
+    "F.conv2d({a}.flatten(0, 1)[None], {b}.flatten()[:3].repeat_interleave({a}.shape[1]).reshape(-1, 1, 1, 1), "
+    "groups=3 * {a}.shape[1]).unflatten(1, (3, -1))[0]",
+    # cells
+    "{v} = torch.zeros(3, 4).to({a})\n"
+    "for t in range({a}.shape[1]):\n"
+    "    {v} = torch.tanh(m.{into}({a}[:, t]) + m.{cell}({v}))",
+    "{v} = {a}\nfor t in range(2):\n    {v} = F.relu(m.{square}({v}))",
+    # experts
+    "{v} = torch.zeros_like({b})\n"
+    "for i in range(2):\n"
+    "    rows = torch.where({a}.flatten(1).argmax(1) % 2 == i)[0]\n"
+    "    {v} = {v}.index_add(0, rows, {b}[rows] * (i + 1))",
+    "{v} = torch.zeros(3, 4).to({a})\n"
+    "for i, expert in enumerate((m.{into}, m.{again4})):\n"
+    "    rows = torch.where(x[:, 0].sign() > i - 0.5)[0]\n"
+    "    {v}.index_add_(0, rows, expert({a}[rows]))",
+]
 
 
 class _Blanks(dict):
@@ -364,6 +436,14 @@ class _Blanks(dict):
             return self._layer("nn.Linear(4, 4)")
         if key == "back":
             return self._layer(f"nn.Linear({self['width']}, {n})")
+        if key == "again4":
+            return self._layer(f"nn.Linear({self.values[self['b'] if 'b' in self else self['a']].shape[-1]}, 4)")
+        if key == "down4":
+            return self._layer(f"nn.Linear(4, 3{bias})")
+        if key == "prelu":
+            return self._layer(f"nn.PReLU({channels})")
+        if key == "encoder":
+            return self._layer(f"nn.TransformerEncoderLayer({n}, 2, 8, batch_first=True)")
         if key == "again":
             return self._known(rf"nn.Linear\({n}, ")
         if key == "linear":
@@ -374,10 +454,16 @@ class _Blanks(dict):
             return self._known(rf"nn.BatchNorm..\({channels}\b")
         if key == "conv":
             groups = rng.choice([1, 1, 1, 2])
-            more = rng.choice(["", ", padding=1", ", padding=1", ", stride=2, padding=1", ", padding=1, padding_mode='circular'"])
-            return self._layer(f"nn.Conv{axes}d({channels}, {width}, {rng.choice([1, 2, 3, 3])}{more}, groups={groups}{bias})")
+            more = rng.choice(
+                ["", ", padding=1", ", padding=1", ", stride=2, padding=1", ", padding=1, padding_mode='circular'"]
+            )
+            return self._layer(
+                f"nn.Conv{axes}d({channels}, {width}, {rng.choice([1, 2, 3, 3])}{more}, groups={groups}{bias})"
+            )
         if key == "depthwise":
-            return self._layer(f"nn.Conv{axes}d({channels}, {channels * rng.choice([1, 1, 2])}, 3, padding=1, groups={channels}{bias})")
+            return self._layer(
+                f"nn.Conv{axes}d({channels}, {channels * rng.choice([1, 1, 2])}, 3, padding=1, groups={channels}{bias})"
+            )
         if key == "transposed":
             return self._layer(f"nn.ConvTranspose{axes}d({channels}, {width}, 2, {rng.choice([1, 2])}{bias})")
         if key in ("embedding", "table"):
@@ -385,9 +471,15 @@ class _Blanks(dict):
         if key == "bag":
             return self._layer(f"nn.EmbeddingBag(8, {width})")
         if key == "norm":
-            of_channels = [f"nn.BatchNorm{max(axes, 1)}d({channels})", f"nn.GroupNorm(2, {channels})", f"nn.GroupNorm(1, {channels})"]
+            of_channels = [
+                f"nn.BatchNorm{max(axes, 1)}d({channels})",
+                f"nn.GroupNorm(2, {channels})",
+                f"nn.GroupNorm(1, {channels})",
+            ]
             of_channels.append(f"nn.InstanceNorm{max(axes, 1)}d({channels}, affine=True)")
-            return self._layer(rng.choice([f"nn.LayerNorm({n})", f"nn.LayerNorm({n})", f"nn.RMSNorm({n})", *of_channels]))
+            return self._layer(
+                rng.choice([f"nn.LayerNorm({n})", f"nn.LayerNorm({n})", f"nn.RMSNorm({n})", *of_channels])
+            )
         if key in ("scale", "scale2"):
             return self._layer(f"nn.Parameter(torch.randn({n}))")
         if key == "constant":
@@ -429,8 +521,17 @@ class Program:
     def text(self):
         parts = [f"m.{name} = {source}" for name, source in self.layers.items() if self._used(name)]
         body = [part for _, line in self.lines for part in line.split("\n")]
-        returned = ", ".join(self.outputs)
-        return "\n".join([*parts, "def forward(m, x, sequence, image, tokens):", *(f"    {part}" for part in body), f"    return {returned},"])
+        returned = ", ".join(self.outputs) + ","
+        if len(self.outputs) > 2:
+            returned = f"{{'first': {self.outputs[0]}, 'others': [{', '.join(self.outputs[1:])}]}}"
+        return "\n".join(
+            [
+                *parts,
+                "def forward(m, x, sequence, image, tokens):",
+                *(f"    {part}" for part in body),
+                f"    return {returned}",
+            ]
+        )
 
     def _used(self, name):
         return any(re.search(rf"\bm\.{name}\b", text) for text in (*(line for _, line in self.lines), *self.outputs))
@@ -466,7 +567,9 @@ class Program:
 def inputs(seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = (_BATCH, 5), (_BATCH, 4, 6), (_BATCH, 2, 5, 5)
-    return *(torch.randn(shape, generator=generator) for shape in shapes), torch.randint(8, (_BATCH, 4), generator=generator)
+    return *(torch.randn(shape, generator=generator) for shape in shapes), torch.randint(
+        8, (_BATCH, 4), generator=generator
+    )
 
 
 def grow(seed):
@@ -475,16 +578,19 @@ def grow(seed):
     program.training = rng.random() < 0.3
     values = dict(zip(("x", "sequence", "image", "tokens"), inputs(0), strict=True))
     rare = rng.choice([0, 1, 4, 10])
-    weights = [5, 5, rare]
     model = networks.Net(None).train(program.training)
     for _ in range(rng.randint(3, 9)):
-        # the first line is a layer
-        tables = [table for table, _ in _TABLES]
         for _ in range(8):
-            template = rng.choice(rng.choices(tables, weights)[0] if program.lines else tables[0])
+            # the first line is a layer
+            template = rng.choice(rng.choices(_TABLES, [5, 5, rare])[0] if program.lines else _TABLES[0])
             if _line(program, rng, model, values, template):
                 break
-    unread = [name for name in values if name.startswith("v") and not any(re.search(rf"\b{name}\b", line.split("=", 1)[1]) for _, line in program.lines)]
+    unread = [
+        name
+        for name in values
+        if name.startswith("v")
+        and not any(re.search(rf"\b{name}\b", line.split("=", 1)[1]) for _, line in program.lines)
+    ]
     for name in unread or list(values)[-1:]:
         if not values[name].is_floating_point():
             continue
@@ -510,10 +616,16 @@ def _line(program, rng, model, values, template):
                 layer = eval(program.layers[key], _NAMES)
                 setattr(model, key, layer.train(program.training) if isinstance(layer, nn.Module) else layer)
             space = {**_NAMES, **values, "m": model}
-            with torch.no_grad():
-                exec(line, space)
+            exec(line, space)
             made = space[name]
-            if isinstance(made, torch.Tensor) and made.numel() < 2000 and made.dim() < 5 and made.dim() > 1 and made.isfinite().all() and made.shape[0] == _BATCH:
+            if (
+                isinstance(made, torch.Tensor)
+                and made.numel() < 2000
+                and made.dim() < 5
+                and made.dim() > 1
+                and made.isfinite().all()
+                and made.shape[0] == _BATCH
+            ):
                 values[name] = made
                 program.lines.append((name, line))
                 return True
@@ -553,7 +665,12 @@ def shrunk(program, options):
 def _shorter(program):
     def copy(lines, outputs):
         candidate = Program()
-        candidate.layers, candidate.lines, candidate.outputs, candidate.training = program.layers, lines, outputs, program.training
+        candidate.layers, candidate.lines, candidate.outputs, candidate.training = (
+            program.layers,
+            lines,
+            outputs,
+            program.training,
+        )
         return candidate
 
     for i in range(len(program.outputs)):
@@ -584,8 +701,25 @@ def sweep(seeds):
         found += count > 0
         if wrong:
             short = shrunk(program, options)
-            pytest.fail(f"network {seed} ({options}): {wrong}\n{short.text()}\n{check(short, options)[1]}")
+            mode = "train()" if short.training else "eval()"
+            pytest.fail(
+                f"network {seed} ({options}): {wrong}\nin short, in {mode}:\n{short.text()}\n{check(short, options)[1]}"
+            )
     return found
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_groups_of_random_networks_are_right(first):
+    # not because nothing is found
+    assert sweep(range(first, first + 50)) >= 30
+
+
+# in parts, so that they run beside each other
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_groups_of_many_random_networks_are_right(part, request):
+    count = request.config.getoption("--networks") // 20
+    assert sweep(range(1000 + part * count, 1000 + (part + 1) * count)) >= count * 0.6
 
 
 def _net(function, **layers):
