@@ -436,7 +436,9 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     reason = facts.reasons[refusal] if refusal < len(facts.reasons) else ""
     candidate.reason = _forbidden(trace, places, touched)
     if not candidate.reason and reason.startswith("part of"):
-        reason = ("its units are " if places["read"] else "it makes ") + (reason if places["read"] else reason[8:])
+        path = reason.removeprefix("part of the model's output").strip()
+        way_out = f"; ignore_outputs={path!r} if nothing is trained on it" if path else ""
+        reason = f"its units are {reason}{way_out}" if places["read"] else f"it makes {reason[8:]}"
     candidate.reason = candidate.reason or reason
     if not candidate.reason and not places["read"]:
         candidate.reason = "no layer reads it"

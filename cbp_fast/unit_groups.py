@@ -19,6 +19,11 @@ from .dtensors import is_dtensor
 _HF_CONV1D = "transformers.Conv1D"
 LAYERS = {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
 LAYERS |= {"ConvTranspose1d": 1, "ConvTranspose2d": 2, "ConvTranspose3d": 3, "Embedding": 0, _HF_CONV1D: 0}
+# layers of other packages, not imported, since few have them; transformers' is linear with a weight [in, out]
+_FOREIGN = {
+    ("transformers.pytorch_utils", "Conv1D"): _HF_CONV1D,
+    ("torch_geometric.nn.dense.linear", "Linear"): "Linear",
+}
 _FEATURE_NORMS = ("LayerNorm", "RMSNorm")
 NORMS = (
     *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
@@ -228,9 +233,9 @@ def kind(module: nn.Module) -> str:
         name: str = cls.__name__
         if getattr(nn, name, None) is cls and getattr(cls, "forward", None) is forward:
             return name.removeprefix("Lazy")
-        # a linear layer whose weight is [in, out]; not imported, since few have it
-        if (cls.__module__, name) == ("transformers.pytorch_utils", "Conv1D") and vars(cls).get("forward") is forward:
-            return _HF_CONV1D
+        foreign = _FOREIGN.get((cls.__module__, name))
+        if foreign and vars(cls).get("forward") is forward:
+            return foreign
     return ""
 
 
@@ -369,7 +374,8 @@ def _check_layer(name: str, module: nn.Module, role: str) -> None:
         return
     if isinstance(module, tuple(getattr(nn, layer, ()) for layer in LAYERS)):
         raise TypeError(f"{label(name, module)} overrides forward(), so what its weight means is not known")
-    raise TypeError(f"{label(name, module)} is not supported as a layer: it must be one of {', '.join(LAYERS)}")
+    of = f" of {type(module).__module__}" if type(module).__name__ in LAYERS else ""
+    raise TypeError(f"{label(name, module)}{of} is not supported as a layer: it must be one of {', '.join(LAYERS)}")
 
 
 def _check_parameters(name: str, module: nn.Module, tied: dict[str, str]) -> None:
