@@ -17,6 +17,9 @@ from torch import nn
 from cbp_fast.discovery import find_unit_groups
 from cbp_fast.unit_groups import Part, UnitGroup
 
+# PyTorch's, of lines that nobody would write
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 _BATCH = 3
 _NAMES = {"torch": torch, "F": F, "nn": nn}
 
