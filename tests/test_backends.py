@@ -342,16 +342,22 @@ class Run:
     def __init__(self, case, backend):
         self.case, self.laid_out, self.memories = case, backend != "reference", []
         self.numbers = Numbers(case.numbers, case.spoilt)
+        torch.manual_seed(0)
         self.layers, self.norms = list(map(module_of, case.layers)), list(map(norm_of, case.norms))
         for module, layer in zip(self.layers, case.layers, strict=True):
             module.weight = nn.Parameter(self.place(layer.layout, module.weight.detach()))
         self.model = nn.ModuleList([*self.layers, *self.norms])
-        self.fill()
+        # a deviation that is not finite is refused
+        late = case.spoilt and case.rule.init == "as_attached"
+        if not late:
+            self.fill()
         parameters, n = list(self.model.parameters()), len(case.optimizers)
         self.optimizers = [OPTIMIZERS[name](parameters[i::n]) for i, name in enumerate(case.optimizers)]
         groups = [self.group(f"g{i}", group) for i, group in enumerate(case.groups)]
         options = {"rule": case.rule, "capture": case.capture, "seed": SEED, **case.hyper[0]}
         self.cbp = ContinualBackprop(self.model, self.optimizers or None, groups=groups, backend=backend, **options)
+        if late:
+            self.fill()
 
     def group(self, name, group):
         def named(uses, modules):

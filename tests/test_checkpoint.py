@@ -300,7 +300,8 @@ def values_of(rng, entry):
     """Values that an entry may not have, and some that it may."""
     # what was changed before may be no tensor to make others of
     plain = type(entry) is torch.Tensor and entry.dim() == 1 and entry.layout == torch.strided
-    plain = plain and entry.device.type == "cpu" and not entry.is_quantized and entry.untyped_storage().nbytes() > 0
+    plain = plain and entry.device.type == "cpu" and entry.dtype in (torch.float32, torch.float64, torch.int32)
+    plain = plain and entry.untyped_storage().nbytes() > 0
     like = entry if plain else torch.zeros(3)
     n = len(like)
     history = (torch.ones(n, requires_grad=True) * 2).to(like.dtype) if like.is_floating_point() else torch.ones(n)
