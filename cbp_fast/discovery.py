@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .provenance import BASE, DATA, Exits, Nodes, Trace, scramble
+from .nodes import BASE, DATA, Nodes, scramble
+from .provenance import Exits, Trace
 from .running import Forward, forwards, guesses, storage_key, tensors_in, undivided, untouched, unwrapped
 from .unit_groups import (
     LAYERS,
-    NORMS,
     Part,
     ResolvedGroup,
     UnitGroup,
     kind,
     label,
     make_width,
+    norm_kind,
     norm_shape,
     out_axis,
     read_width,
@@ -290,30 +291,23 @@ class _Facts:
         n = nodes.size
         self.entries = _Entries()
         self.reasons = [reason for _, reason in trace.refused]
-        self.notes: dict[str, Tensor] = defaultdict(lambda: torch.zeros(n, dtype=torch.bool, device="cpu"))
-        never = len(self.reasons)
-        self.refusal = torch.full((n,), 2**31, device="cpu")
-        for i in reversed(range(never)):
-            self.refusal[nodes.units(trace.refused[i][0])] = i
-        for ids, note in trace.notes:
-            self.notes[note][nodes.units(ids)] = True
         for i, source in enumerate(nodes.sources):
             if source.axis is not None:
                 rows = torch.arange(source.size, device="cpu")
                 self.entries.add("make", (source.parameter, source.axis, i), source.first + rows, rows)
 
+        causes = [(ids, i) for i, (ids, _) in enumerate(trace.refused)]
         raw = torch.zeros(n, dtype=torch.bool, device="cpu")
         edges: list[Tensor] = []
         sums: list[Tensor] = []
-        members: dict[int, Tensor] = {}
+        crowds: list[tuple[Tensor, str]] = []
         # where a layer stands: in the order of the forward, makers first
         for (role, key), pairs in trace.records.items():
             pairs_ = torch.unique(torch.cat([p * BASE + i for p, i in pairs]))
             place, ids = pairs_ // BASE, pairs_ % BASE
             row, leaf = nodes.leaves(ids)
-            is_unit = (nodes.left[leaf] == 0) & (nodes.bare[leaf] > 0)
-            if role == "read":
-                self._mixes(nodes, leaf[nodes.left[leaf] < 0], leaf[is_unit], members)
+            causes.append((leaf[nodes.mix[leaf] > 0], BASE))
+            is_unit = nodes.is_unit(leaf)
             at = place[row]
             dirty = torch.zeros(int(place.max()) + 1 if len(place) else 1, dtype=torch.bool, device="cpu")
             dirty[at[leaf == DATA]] = role == "read"
@@ -328,45 +322,44 @@ class _Facts:
             sums.append(torch.stack([one, total])[:, total != 0])
             self.entries.add(role, key, leaf, at)
             if not (place.diff() > 0).all():
-                self._crowded(nodes, key, row, at, leaf)
+                crowd = _crowded(nodes, row, at, leaf)
+                if len(crowd):
+                    name = key[0] if isinstance(key, tuple) else key
+                    crowds.append((crowd, f"'{name}' takes several of its units for one"))
+
+        def mixed(number: int) -> int:
+            self.reasons.append(f"its features are mixed by {nodes.mixes[number].why}")
+            return len(self.reasons) - 1
+
+        self.refusal = nodes.spread(causes, mixed)
+        for crowd, reason in crowds:
+            self.refusal[crowd] = self.refusal[crowd].clamp(max=len(self.reasons))
+            self.reasons.append(reason)
+        self.notes: dict[str, Tensor] = defaultdict(lambda: torch.zeros(n, dtype=torch.bool, device="cpu"))
+        for ids, note in trace.notes:
+            _, leaf = nodes.leaves(torch.unique(ids))
+            self.notes[note][leaf] = True
 
         self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
         for held in self.notes.values():
             held[self.root[held.nonzero()[:, 0]]] = True
         self.raw = torch.zeros_like(raw)
         self.raw[self.root[raw]] = True
-        self.refusal = torch.full_like(self.refusal, 2**31).scatter_reduce_(0, self.root, self.refusal, "amin")
+        self.refusal = torch.full_like(self.refusal, BASE).scatter_reduce_(0, self.root, self.refusal, "amin")
         one, total = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *sums], 1)
         zero, at = torch.zeros_like(self.root), self.root[one]
         low, high = (zero.scatter_reduce(0, at, total, how, include_self=False) for how in ("amin", "amax"))
         self.coupled = high != low
 
-    def _crowded(self, nodes: Nodes, key: Any, row: Tensor, at: Tensor, unit: Tensor) -> None:
-        """Refuses units of one layer that share a place without being joined: at different positions, or in a mix."""
-        source = nodes.origin[unit]
-        _, index, here = torch.unique(row * BASE + source, return_inverse=True, return_counts=True)
-        pairs = torch.unique(at * BASE + unit)
-        spots, counts = torch.unique(pairs // BASE * BASE + nodes.origin[pairs % BASE], return_counts=True)
-        there = counts[torch.searchsorted(spots, at * BASE + source)]
-        crowd = unit[here[index] < there]
-        if len(crowd):
-            self.refusal[crowd] = self.refusal[crowd].clamp(max=len(self.reasons))
-            self.reasons.append(f"'{key[0] if isinstance(key, tuple) else key}' takes several of its units for one")
 
-    def _mixes(self, nodes: Nodes, mixes: Tensor, direct: Tensor, members: dict[int, Tensor]) -> None:
-        """Units that reach a reader in a mix: it must read them directly too, and then the mix couples them."""
-        for mix in torch.unique(mixes).tolist():
-            if mix not in members:
-                members[mix] = nodes.units(torch.tensor([mix], device="cpu"))
-            units, why = members[mix], nodes.mixes[-1 - int(nodes.left[mix])][1]
-            seen = torch.isin(units, direct)
-            lost = units[~seen]
-            lost = lost[self.refusal[lost] == 2**31]
-            if len(lost):
-                self.refusal[lost] = len(self.reasons)
-                self.reasons.append(f"its features are mixed by {why}")
-            if seen.any():
-                self.notes[f"{why} couples its units"][units[seen]] = True
+def _crowded(nodes: Nodes, row: Tensor, at: Tensor, unit: Tensor) -> Tensor:
+    """Units of one layer that share a place without being joined, at different positions."""
+    source = nodes.origin[unit]
+    _, index, here = torch.unique(row * BASE + source, return_inverse=True, return_counts=True)
+    pairs = torch.unique(at * BASE + unit)
+    spots, counts = torch.unique(pairs // BASE * BASE + nodes.origin[pairs % BASE], return_counts=True)
+    there = counts[torch.searchsorted(spots, at * BASE + source)]
+    return unit[here[index] < there]
 
 
 def _connect(n: int, edges: Tensor) -> Tensor:
@@ -419,6 +412,8 @@ def _by_number(values: Tensor, number: Tensor) -> Sequence[Tensor]:
 
 def _runs(positions: Tensor) -> list[int]:
     """Where the positions [N, E] of units, one after the other, make another step than the usual one."""
+    if len(positions) < 2:
+        return []
     steps = positions.diff(dim=0)
     cuts = (steps != steps.mode(0).values).any(1).nonzero()[:, 0] + 1
     return cuts.tolist() if 2 * len(cuts) < len(positions) else []
@@ -463,6 +458,7 @@ def _forbidden(trace: Trace, places: dict[str, list[tuple[Any, Tensor]]], touche
     """Why the weights of a candidate may not be changed, or an empty string."""
     made = {key[0] for key, _ in places["make"]}
     for name in touched:
+        owner, module = trace.owners[name]
         roles = sorted(trace.roles[name])
         if name in trace.tied:
             return f"'{name}' is tied: it shares its memory with '{trace.tied[name]}'"
@@ -470,12 +466,22 @@ def _forbidden(trace: Trace, places: dict[str, list[tuple[Any, Tensor]]], touche
             return f"'{name}' is used in two ways: {', '.join(roles)}"
         if name in made and any(key[0] == name for key, _ in places["read"]):
             return f"'{name}' both makes and reads it (recurrent, applied twice, or a residual branch of one layer)"
-        owner, module = trace.owners[name]
         parameter = getattr(module, name.removeprefix(f"{owner}."))
         if not parameter.requires_grad:
             return f"'{name}' is frozen (requires_grad is False)"
         if kind(module) == "Embedding" and (module.padding_idx is not None or module.max_norm is not None):
             return f"{label(owner, module)} has padding_idx or max_norm, which a re-drawn unit would not keep"
+    makers = [trace.owners[key[0]][0] for role in ("make", "pass") for key, _ in places[role]]
+    entries = [(owner, "bias", "bias") for owner in makers]
+    norms = [key for key, _ in places["norm"]]
+    entries += [(owner, key, "norm") for owner in norms for key in ("weight", "bias", "running_mean", "running_var")]
+    for owner, key, own in entries:
+        name = f"{owner}.{key}" if owner else key
+        roles = sorted(trace.roles.get(name, set()) - {own})
+        if name in trace.tied:
+            return f"'{name}' is tied: it shares its memory with '{trace.tied[name]}'"
+        if roles:
+            return f"'{name}' is used in two ways: {', '.join([own, *roles])}"
     return ""
 
 
@@ -534,7 +540,7 @@ def _write(
 
 def _norm_entries(norm: nn.Module, at: Tensor) -> Tensor:
     """Positions in a norm's flattened entries [N, r] as positions along its first axis."""
-    if kind(norm) not in NORMS:
+    if not norm_kind(norm):
         return at
     rest = torch.Size(norm_shape(norm)[1:]).numel()
     whole = (

@@ -1,15 +1,18 @@
 """Which units each element of an activation is made of, followed through one forward by a TorchDispatchMode.
 
 Every storage that the forward writes owns one id per element, so that views, chunks, permutations and in-place
-operations need no rule. An id is a node: a constant (0), data that no unit makes (1), one unit, the join of two nodes
-(an element-wise operation), or the mix of many (a sum over features).
+operations need no rule; an id is a node, as `nodes` has it. A rule takes the arguments of an operation that it accounts
+for, and units in any other are refused.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,240 +22,35 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .nodes import BASE, DATA, ONE, Nodes, kinds_of, narrow, same_along
 from .running import Preserving, storage_key
-from .unit_groups import NORMS, kind, label
-
-DATA = 1
-BASE = 2**31  # ids are below it, so that a pair fits an int64
+from .unit_groups import label, norm_kind, norm_shape
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)
 _NORM_OPS = ("batch_norm", "native_layer_norm", "native_group_norm", "_fused_rms_norm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
-# f(0, b) = 0, or a constant: data on one side alone does not reach the result when the units on the other are zero
-_PRODUCTS = ("mul", "div", "masked_fill", "_prelu_kernel")
-_POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout", "copy")
+_POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout")
+# they zero elements at random
+_DROPOUTS = ("native_dropout", "rrelu_with_noise")
 # operations that only move elements, or reduce them along axes
 _MOVING = """cat stack index index_select gather repeat flip roll constant_pad_nd pixel_shuffle pixel_unshuffle
     channel_shuffle reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d im2col tril triu index_put slice_scatter select_scatter take_along_dim"""
 _REDUCING = "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp any all"
 _MOVES, _REDUCTIONS = frozenset(_MOVING.split()), frozenset(_REDUCING.split())
+# of zeros, they are not zero
+_NOT_ZERO = ("logsumexp", "all", "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm")
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
-_DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random")
+_DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random", "cauchy", "geometric", "log_normal")
 _HIDDEN = "what was made by code that cannot be followed"
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
-
-
-def scramble(ids: Tensor) -> Tensor:
-    """A hash of int64 `ids`, to be summed over a set; 0 stays 0."""
-    ids = ids * -7046029254386353131
-    ids = (ids ^ (ids >> 29)) * -4658895280553007687
-    return ids ^ (ids >> 32)
-
-
-def _narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
-    """Ids broadcast together, with one entry along every axis where none varies, and the shape to expand to."""
-    wide = torch.broadcast_tensors(*ids)
-    shape = wide[0].shape
-    for axis, size in enumerate(shape):
-        if size > 1 and all(_same_along(t, axis) for t in wide):
-            wide = [t.narrow(axis, 0, 1) for t in wide]
-    return list(wide), shape
-
-
-def _same_along(ids: Tensor, axis: int) -> bool:
-    # most often all positions hold the same, and what looks at many of them is slow
-    return ids.stride(axis) == 0 or (ids.numel() > 4096 and torch.equal(ids.narrow(axis, 0, 1).expand_as(ids), ids))
-
-
-def _kinds(ids: Tensor) -> Tensor:
-    """The different ids, int64 [n]."""
-    (ids,), _ = _narrow(ids)
-    return torch.unique(ids)
-
-
-class Source(NamedTuple):
-    """Consecutive ids: the units that a weight makes along an axis, or (axis None) the entries of a parameter."""
-
-    parameter: str
-    axis: int | None
-    first: int
-    size: int
-
-
-class Nodes:
-    """The table of nodes.
-
-    Attributes:
-        sources: what the ids of units and of parameters' entries stand for.
-        mixes: ids that each mix is made of, and the operation that mixed them.
-    """
-
-    def __init__(self) -> None:
-        self._table = torch.zeros(4, 1024, dtype=torch.int64, device="cpu")
-        self.size = 2
-        self.sources = [Source("", None, DATA, 1)]
-        self.mixes: list[tuple[Tensor, str]] = []
-        self._source_of: dict[tuple[str, int | None], int] = {}
-        self._joins: dict[int, int] = {}
-        self._mix_of: dict[int, int] = {}
-
-    @property
-    def left(self) -> Tensor:
-        """First child of a join; 0 for a unit, and -1 - i for the mix i; int64."""
-        return self._table[0]
-
-    @property
-    def right(self) -> Tensor:
-        """Second child of a join, int64."""
-        return self._table[1]
-
-    @property
-    def bare(self) -> Tensor:
-        """The node without data and parameters, int64."""
-        return self._table[2]
-
-    @property
-    def origin(self) -> Tensor:
-        """Number of the source, or a hash of the children's, int64; equal ones are not joined but mixed."""
-        return self._table[3]
-
-    def _add(self, count: int) -> slice:
-        new = slice(self.size, self.size + count)
-        self.size = new.stop
-        if self.size > self._table.shape[1]:
-            self._table = torch.nn.functional.pad(self._table, (0, 2 * self.size - self._table.shape[1]))
-        return new
-
-    def source(self, parameter: str, axis: int | None, count: int) -> Tensor:
-        """The ids of a source, int64 [count]; new ones the first time."""
-        key = parameter, axis
-        if key not in self._source_of:
-            new = self._add(count)
-            self._source_of[key] = len(self.sources)
-            self.origin[new] = len(self.sources)
-            self.sources.append(Source(parameter, axis, new.start, count))
-            if axis is not None:
-                self.bare[new] = torch.arange(new.start, new.stop, device="cpu")
-        first = self.sources[self._source_of[key]].first
-        return torch.arange(first, first + count, device="cpu")
-
-    def join(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        """The union of two ids, element by element."""
-        if a is None or b is None:
-            return b if a is None else a
-        (a, b), shape = _narrow(a, b)
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
-        new = (low != high) & (low > 0)
-        if new.any():
-            pairs, where = torch.unique(low[new] * BASE + high[new], return_inverse=True)
-            high[new] = self._joined(pairs)[where]
-        return high.expand(shape)
-
-    def _joined(self, pairs: Tensor) -> Tensor:
-        keys = pairs.tolist()
-        ids = torch.tensor([self._joins.get(key, 0) for key in keys], device="cpu")
-        fresh = ids == 0
-        if fresh.any():
-            left, right = pairs[fresh] // BASE, pairs[fresh] % BASE
-            new = self._add(len(left))
-            ids[fresh] = torch.arange(new.start, new.stop, device="cpu")
-            self._joins.update(zip(keys, ids.tolist(), strict=True))
-            self.left[new], self.right[new] = left, right
-            self.origin[new] = scramble(self.origin[left]) ^ self.origin[right] | -(2**62)
-            self.bare[new] = ids[fresh]
-            less = (self.bare[left] != left) | (self.bare[right] != right)
-            if less.any():
-                bare = self.join(self.bare[left[less]], self.bare[right[less]])
-                self.bare[ids[fresh][less]] = cast(Tensor, bare)
-        return ids
-
-    def product(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        """The union of two factors; what is not made by units stays only where both factors hold some."""
-        if a is None or b is None:
-            return b if a is None else a
-        (a, b), shape = _narrow(a, b)
-        special = (self.bare[a] == a) | (self.bare[b] == b)
-        one = (a == 0) | (b == 0)
-        strip = special & ~one
-        joined = self.join(torch.where(strip, self.bare[a], a), torch.where(strip, self.bare[b], b))
-        assert joined is not None
-        return joined.expand(shape)
-
-    def merge(self, ids: Tensor, why: str) -> Tensor:
-        """The union over the last axis: [..., K] -> [...]. Units of one source are mixed, by the operation `why`."""
-        (ids,), shape = _narrow(ids)
-        if not ids.numel():
-            return ids.new_zeros(()).expand(shape[:-1])
-        high = ids.amax(-1)
-        mixed = torch.where(ids == 0, high[..., None], ids).amin(-1) != high
-        if mixed.any():
-            rows = _distinct(ids[mixed])
-            keys, where = torch.unique(scramble(rows).sum(-1), return_inverse=True)
-            first = torch.full_like(keys, len(rows)).scatter_reduce_(
-                0, where, torch.arange(len(rows), device="cpu"), "amin"
-            )
-            high[mixed] = self._union(rows[first], keys.tolist(), why)[where]
-        return high.expand(shape[:-1])
-
-    def _union(self, rows: Tensor, keys: list[int], why: str) -> Tensor:
-        """One id for each row of distinct ids, the largest first."""
-        origins = torch.where(rows > 0, self.origin[rows], 0).sort(-1).values
-        apart = ~((origins[:, 1:] == origins[:, :-1]) & (origins[:, 1:] != 0)).any(-1)
-        out = rows[:, 0].clone()
-        if apart.any():
-            joined, *others = rows[apart].unbind(-1)
-            for column in others:
-                joined = cast(Tensor, self.join(joined, column))
-            out[apart] = joined
-        for i in (~apart).nonzero()[:, 0].tolist():
-            if keys[i] not in self._mix_of:
-                (node,) = range(*self._add(1).indices(self.size))
-                self._mix_of[keys[i]] = node
-                self.left[node], self.bare[node], self.origin[node] = -1 - len(self.mixes), node, keys[i] | -(2**62)
-                self.mixes.append((rows[i][rows[i] > 0], why))
-            out[i] = self._mix_of[keys[i]]
-        return out
-
-    def leaves(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Units, entries of parameters, data and mixes that `ids` [n] are made of: indices into it, and nodes."""
-        row, node = torch.arange(len(ids), device="cpu"), ids
-        rows: list[Tensor] = []
-        nodes: list[Tensor] = []
-        while len(node):
-            leaf = self.left[node] <= 0
-            if not rows and leaf.all():
-                return row, node
-            rows.append(row[leaf])
-            nodes.append(node[leaf])
-            row, node = row[~leaf], node[~leaf]
-            pairs = torch.unique(torch.cat([row * BASE + self.left[node], row * BASE + self.right[node]]))
-            row, node = pairs // BASE, pairs % BASE
-        pairs = torch.unique(torch.cat(rows) * BASE + torch.cat(nodes)) if rows else ids
-        return pairs // BASE, pairs % BASE
-
-    def units(self, ids: Tensor) -> Tensor:
-        """Every unit that `ids` hold, mixes included."""
-        found, todo, done = [], ids, set[int]()
-        while len(todo):
-            _, nodes = self.leaves(todo)
-            found.append(nodes[(self.left[nodes] == 0) & (self.bare[nodes] > 0)])
-            mixes = set(nodes[self.left[nodes] < 0].tolist()) - done
-            done |= mixes
-            todo = torch.cat([ids[:0], *(self.mixes[-1 - int(self.left[m])][0] for m in mixes)])
-        return torch.unique(torch.cat([ids[:0], *found]))
-
-
-def _distinct(rows: Tensor) -> Tensor:
-    """Rows with every id once, the largest first, then zeros."""
-    rows = rows.sort(-1, descending=True).values
-    again = torch.zeros_like(rows, dtype=torch.bool)
-    again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    rows = rows.masked_fill(again, 0).sort(-1, descending=True).values
-    return rows[:, : int((rows > 0).sum(-1).max())]
+# that give a parameter another name, or take nothing but its shape
+_NO_USE = re.compile("(detach|alias|empty_like|zeros_like|ones_like|full_like|rand_like|randn_like|new_.*)$")
+# seconds after which a line says how far it is, and then each time as many more
+_PATIENCE = 5.0
 
 
 class Exits(TorchFunctionMode):
@@ -271,9 +69,44 @@ class Exits(TorchFunctionMode):
 
 class _Shadow(NamedTuple):
     storage: Any  # held, so that its address is not used again
-    ids: Tensor  # [period]: element i of the storage has ids[i % period]
+    ids: Tensor  # [period]: element i of the storage has ids[i // run % period]
+    run: int
     elements: int
     itemsize: int
+
+
+class _Call:
+    """One operation with its arguments, which a rule takes one by one; `left` are those that it did not.
+
+    Attributes:
+        op: its name without an overload, and without the underscore of an in-place one.
+        given: arguments by their names in the schema.
+        tensors: those that are read, with the name of their argument; what `out=` gives is not.
+    """
+
+    def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.plain = isinstance(func, torch._ops.OpOverload)
+        self.op = (func._overloadpacket.__name__ if self.plain else str(func)).rstrip("_")
+        self.tags = func.tags if self.plain else ()
+        self.given: dict[str, Any] = {"arguments": (args, kwargs)}
+        self.mutable = self.plain and func._schema.is_mutable
+        if self.plain:
+            schema = func._schema.arguments
+            self.given = {a.name: v for a, v in zip(schema, args, strict=False)} | kwargs
+            outs = {a.name for a in schema if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write}
+            self.given = {name: value for name, value in self.given.items() if name not in outs}
+        self.tensors = [(k, t) for k, v in self.given.items() for t in tree_leaves(v) if isinstance(t, Tensor)]
+        self.left = list(self.tensors)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given.get(name)
+
+    def take(self, *names: str) -> list[Tensor]:
+        """The tensors of some arguments, or of all; the rule accounts for them."""
+        taken = [t for name, t in self.left if not names or name in names]
+        self.left = [(name, t) for name, t in self.left if names and name not in names]
+        return taken
 
 
 class Trace(Preserving):
@@ -283,16 +116,16 @@ class Trace(Preserving):
         nodes: what ids mean.
         records: by role ("read", "norm" or "pass", for a depthwise convolution) and layer (parameter and axis, or name
             of a norm): pairs of positions along that axis and ids seen there.
-        roles: what each weight is used for; a second role forbids it.
+        roles: what each parameter and buffer is used for; a second role forbids it.
         refused: ids and why their units are refused, in the order of the forward.
         notes: ids and what is said of their units.
-        scaled: ids and the parameter that multiplies or is added to them.
         outside: weights that were read elsewhere than in the forward of their own module.
         seen: parameters that were used; `used_by`: those that an operation without a rule used.
         branches: operations that handed a value to Python.
         modules: of the model, by name.
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
+        statistics: whether what is summed now are statistics of a norm over features that torch takes apart.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -308,19 +141,25 @@ class Trace(Preserving):
         self.branches: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
         self.tied: dict[str, str] = {}
-        self._parameters: dict[int, tuple[str, Tensor]] = {}
+        self.statistics = False
+        # by storage, with the bytes that each one takes of it
+        self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
         self._shadows: dict[int, _Shadow] = {}
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
+        self._probed: dict[Any, bool] = {}
+        self._count, self._began, self._next_line = 0, time.monotonic(), _PATIENCE
         self.modules = dict(model.named_modules())
         for prefix, module in self.modules.items():
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.numel():
-                    name = f"{prefix}.{key}" if prefix else key
-                    first, other = self._parameters.setdefault(storage_key(tensor), (name, tensor))
-                    if other is not tensor or first != name:
-                        self.tied |= {first: name, name: first}
+                    name = _join(prefix, key)
+                    own = bytes_of(tensor)
+                    for theirs, first, other in self._parameters[storage_key(tensor)]:
+                        if (other is not tensor or first != name) and overlap(own, theirs):
+                            self.tied |= {first: name, name: first}
+                    self._parameters[storage_key(tensor)].append((own, name, tensor))
                     self.owners.setdefault(name, (prefix, module))
 
     def watch(self) -> list[RemovableHandle]:
@@ -336,22 +175,31 @@ class Trace(Preserving):
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
         if ids is not None:
-            self.refused.append((_kinds(ids), reason))
+            self.refused.append((kinds_of(ids), reason))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        plain = isinstance(func, torch._ops.OpOverload)
-        name = func._overloadpacket.__name__ if plain else str(func)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if torch._C._current_graph_task_id() != -1:
             # gradients are no activations
             return out
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.no_grad():
+            call = _Call(func, args, kwargs)
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
+            name = func._overloadpacket.__name__ if call.plain else str(func)
             self._why = f"{name} in {at}"
-            self._follow(func, name.rstrip("_"), args, kwargs, tensors, out)
+            self._follow(call, out)
+            self._say_where(at)
         return out
+
+    def _say_where(self, at: str) -> None:
+        self._count += 1
+        seconds = time.monotonic() - self._began
+        if seconds > self._next_line:
+            self._next_line = 2 * seconds
+            _log.warning(
+                "following the units through the forward: %d operations, %.0f s, in %s", self._count, seconds, at
+            )
 
     # ids of tensors
 
@@ -369,43 +217,35 @@ class Trace(Preserving):
             return None
         if shadow is None:
             # made by a kernel that is called past the dispatcher, of whatever there was
-            for source in self.nodes.sources[1:]:
-                self.refuse(
-                    self.nodes.source(source.parameter, source.axis, source.size), f"{self._why} takes {_HIDDEN}"
-                )
+            self.refuse_all(f"{self._why} takes {_HIDDEN}")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
-        period, strides, reach = len(shadow.ids), [], tensor.storage_offset() % len(shadow.ids)
-        offset = reach
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            strides.append(0 if size == 1 or stride % period == 0 else stride)
-            reach += (size - 1) * strides[-1]
-        if reach >= period:
-            self._shadows[key] = shadow = self._unrolled(shadow)
-            strides, offset = list(tensor.stride()), tensor.storage_offset()
-        ids = shadow.ids.as_strided(tensor.shape, strides, offset)
-        return ids if _narrow(ids)[0][0].any() else None
+        ids = _seen_through(shadow, tensor)
+        while ids is None:
+            # first element by element of one period, then of the whole storage
+            ids_ = shadow.ids.repeat_interleave(shadow.run) if shadow.run > 1 else shadow.ids
+            if shadow.run == 1:
+                ids_ = ids_.repeat(-(-shadow.elements // len(ids_)))[: shadow.elements]
+            self._shadows[key] = shadow = shadow._replace(ids=ids_, run=1)
+            ids = _seen_through(shadow, tensor)
+        return ids if narrow(ids)[0][0].any() else None
+
+    def refuse_all(self, reason: str) -> None:
+        """No unit seen so far can be in a group."""
+        for source in self.nodes.sources:
+            if source.axis is not None:
+                self.refuse(self.nodes.source(source.parameter, source.axis, source.size), reason)
 
     def _outer(self, key: int, tensor: Tensor) -> Tensor | None:
         """The ids of a tensor that was there before the forward."""
-        if key not in self._parameters:
+        entry = self._entry(tensor)
+        if entry is None:
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
-        name, parameter = self._parameters[key]
-        if not isinstance(parameter, nn.Parameter):
+        if not isinstance(entry[1], nn.Parameter):
             return None
-        # entry by entry where it can be the scale of a norm
-        if parameter.dim() != 2 and parameter.numel() <= 2**16 and parameter.is_contiguous():
-            entries = self.nodes.source(name, None, parameter.numel())
-            first = tensor.storage_offset() - parameter.storage_offset()
-            return entries.as_strided(tensor.shape, tensor.stride(), first)
-        return self.nodes.source(name, None, 1).reshape(()).expand(tensor.shape)
-
-    @staticmethod
-    def _unrolled(shadow: _Shadow) -> _Shadow:
-        times = -(-shadow.elements // len(shadow.ids))
-        return shadow._replace(ids=shadow.ids.repeat(times)[: shadow.elements])
+        return self.nodes.source(entry[0], None, 1).reshape(()).expand(tensor.shape)
 
     def put(self, tensor: Tensor, ids: Tensor | None) -> None:
         """Writes the ids of a tensor's elements."""
@@ -413,7 +253,8 @@ class Trace(Preserving):
             return
         key = storage_key(tensor)
         if key in self._parameters or (key not in self.made and ids is not None):
-            name = f"'{self._parameters[key][0]}'" if key in self._parameters else "a tensor"
+            entry = self._entry(tensor)
+            name = f"'{entry[0]}'" if entry else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
         shadow, storage = self._shadows.get(key), tensor.untyped_storage()
@@ -425,36 +266,49 @@ class Trace(Preserving):
             if ids is None:
                 del self._shadows[key]
                 return
-            period, ids = elements, ids.expand(tensor.shape)
-            while order and ids.stride(order[0]) == 0:
-                period = tensor.stride(order.pop(0))
-            for i in range(tensor.dim()):
-                ids = ids if i in order else ids.narrow(i, 0, 1)
-            flat = torch.empty(period, dtype=torch.int64, device="cpu")
-            flat.as_strided(ids.shape, tensor.stride()).copy_(ids)
-            self._shadows[key] = _Shadow(storage, flat, elements, tensor.element_size())
+            (ids,), _ = narrow(ids.expand(tensor.shape))
+            while order and ids.shape[order[0]] == 1:
+                order.pop(0)
+            run = 1
+            while order and ids.shape[order[-1]] == 1:
+                run *= tensor.shape[order.pop()]
+            wide = ids.expand([n if i in order else 1 for i, n in enumerate(tensor.shape)])
+            flat = torch.empty(wide.numel(), dtype=torch.int64, device="cpu")
+            strides = [stride // run if i in order else 0 for i, stride in enumerate(tensor.stride())]
+            flat.as_strided(wide.shape, strides).copy_(wide)
+            self._shadows[key] = _Shadow(storage, flat, run, elements, tensor.element_size())
             return
         if shadow is None:
-            zeros = torch.zeros(elements, dtype=torch.int64, device="cpu")
-            shadow = _Shadow(storage, zeros, elements, tensor.element_size())
-        self._shadows[key] = shadow = self._unrolled(shadow)
+            zeros = torch.zeros(1, dtype=torch.int64, device="cpu")
+            shadow = _Shadow(storage, zeros, 1, elements, tensor.element_size())
+        # the view may write into any part of it
+        flat = shadow.ids.repeat_interleave(shadow.run) if shadow.run > 1 else shadow.ids
+        flat = flat.repeat(-(-elements // len(flat)))[:elements]
+        self._shadows[key] = shadow._replace(ids=flat, run=1)
         # an expanded tensor writes one element many times
         shape = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        place = shadow.ids.as_strided(shape, tensor.stride(), tensor.storage_offset())
+        place = flat.as_strided(shape, tensor.stride(), tensor.storage_offset())
         ids = torch.zeros((), dtype=torch.int64, device="cpu") if ids is None else ids
         place.copy_(ids.expand(tensor.shape)[tuple(slice(0, n) for n in shape)])
 
     def parameter(self, tensor: Any) -> tuple[str, Tensor] | None:
         """Name and value of the parameter or buffer that a tensor is a view of."""
-        entry = self._parameters.get(storage_key(tensor)) if isinstance(tensor, Tensor) and tensor.numel() else None
+        entry = self._entry(tensor) if isinstance(tensor, Tensor) and tensor.numel() else None
         if entry:
             self.seen.add(entry[0])
             self.seen.add(self.tied.get(entry[0], entry[0]))
         return entry
 
+    def _entry(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        entries = self._parameters.get(storage_key(tensor))
+        if not entries:
+            return None
+        own = bytes_of(tensor)
+        return next(((name, whole) for theirs, name, whole in entries if overlap(own, theirs)), None)
+
     def _record(self, role: str, layer: Any, ids: Tensor, axis: int) -> None:
         n = ids.shape[axis]
-        moved = _narrow(ids)[0][0].movedim(axis, 0)
+        moved = narrow(ids)[0][0].movedim(axis, 0)
         moved = moved.expand(n, *moved.shape[1:]).reshape(n, -1)
         if torch.equal(moved.amin(1), moved.amax(1)):
             self.records[role, layer].append((torch.arange(n, device="cpu"), moved[:, 0]))
@@ -464,212 +318,325 @@ class Trace(Preserving):
 
     # rules
 
-    def _follow(self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
-        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        keys = {storage_key(t) for t in tensors}
+    def _follow(self, call: _Call, out: Any) -> None:
+        op, outs = call.op, [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        keys = {storage_key(t) for _, t in call.tensors}
         views = bool(outs) and all(storage_key(t) in keys for t in outs)
-        plain = isinstance(func, torch._ops.OpOverload)
-        if (
-            plain
-            and ((views and not func._schema.is_mutable) or torch.Tag.inplace_view in func.tags)
-            and op != "lift_fresh"
-        ):
+        if call.plain and ((views and not call.mutable) or torch.Tag.inplace_view in call.tags) and op != "lift_fresh":
             return
         if outs and not any(t.numel() for t in outs):
             # an expert without tokens has not been reached
             return
-        parameters = [self.parameter(t) for t in tensors]
-        if (
-            op == "_to_copy"
-            and parameters[0]
-            and outs[0].shape == parameters[0][1].shape
-            and tensors[0].shape == outs[0].shape
-        ):
-            # autocast's copy of a weight
-            self._parameters[storage_key(outs[0])] = parameters[0]
-            self._kept.append(outs[0])
-            return
-        if op in _MATMULS:
-            self._matmul(op, args, out)
-        elif op == "convolution":
-            self._convolution(args, out)
-        elif op == "embedding" and parameters[0]:
-            name, weight = parameters[0]
-            self.roles[name].add("embedding")
-            self.put(out, self.nodes.source(name, 1, weight.shape[1]))
-        elif any(kind in op for kind in _NORM_OPS):
-            self.put(outs[0], self._norm(op, args))
-        else:
-            self._use(op, parameters)
-            if op in _TO_PYTHON or op in _DATA_SIZED:
-                self.branches[f"a value read by Python ({self._why})"] = None
-            ids = [self.ids(t) for t in tensors]
-            draws = op in _DRAWS and plain and func._schema.is_mutable
-            if all(i is None for i in ids) or ((draws or _FRESH.match(op)) and len(tensors) == 1):
-                result, with_ids = None, 0
-            else:
-                result, with_ids = self._rule(func, op, args, kwargs, tensors, ids, outs)
-            for i, t in enumerate(outs):
-                self.put(t, result if i < with_ids else None)
+        first = call.tensors[0][1] if call.tensors else None
+        if op == "_to_copy" and first is not None and outs[0].shape == first.shape:
+            entry = self.parameter(first)
+            if entry and first.shape == entry[1].shape:
+                # autocast's copy of a weight
+                self._parameters[storage_key(outs[0])] = [(bytes_of(outs[0]), *entry)]
+                self._kept.append(outs[0])
+                return
+        results = self._results(call, outs)
+        rest = False
+        for name, tensor in call.left:
+            ids = self.ids(tensor)
+            if ids is not None:
+                kinds = kinds_of(ids)
+                if self.nodes.bare[kinds].any():
+                    self.refuse(kinds, f"{self._why} has no rule for its argument '{name}'")
+                rest = True
+            self._use(op, self.parameter(tensor))
+        for i, tensor in enumerate(outs):
+            ids = results[i] if i < len(results) else None
+            if rest:
+                data = torch.tensor(DATA, device="cpu")
+                ids = cast(Tensor, self.nodes.join(data if ids is None else ids, data))
+            self.put(tensor, None if ids is None else ids.expand(tensor.shape))
 
-    def _use(self, op: str, parameters: Iterable[tuple[str, Tensor] | None]) -> None:
-        """Weights that enter an operation other than those which make or read units have another role."""
-        for entry in parameters:
-            if entry and entry[1].dim() > 1 and op not in ("detach", "alias", "empty_like"):
-                self.roles[entry[0]].add(self._why)
+    def _results(self, call: _Call, outs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The ids of what an operation returns; rules take from `call` the arguments that they account for."""
+        op = call.op
+        if op in _MATMULS:
+            return [self._matmul(call, outs[0])]
+        if op == "convolution":
+            return [self._convolution(call, outs[0])]
+        if op == "embedding":
+            entry = self.parameter(call["weight"])
+            if entry and entry[1].shape == call["weight"].shape:
+                call.take("weight")
+                self._take_index(call, "indices")
+                self.roles[entry[0]].add("embedding")
+                return [self.nodes.source(entry[0], 1, entry[1].shape[1])]
+        if any(kind in op for kind in _NORM_OPS):
+            return [self._norm(call), *itertools.repeat(self._everything(call), len(outs) - 1)]
+        if op in _TO_PYTHON or op in _DATA_SIZED:
+            self.branches[f"a value read by Python ({self._why})"] = None
+        draws = op in _DRAWS and call.mutable
+        if (draws or _FRESH.match(op)) and len(call.tensors) == 1:
+            for tensor in call.take():
+                if not _NO_USE.match(op):
+                    self._use(op, self.parameter(tensor))
+            return []
+        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
+        if not tracked:
+            taken = call.take()
+            for tensor in taken:
+                self._use(op, self.parameter(tensor))
+            # what is made of a norm's statistics is known to be of nothing
+            known = any(storage_key(t) in self._shadows for t in taken)
+            return [torch.tensor(0, device="cpu")] * len(outs) if known else []
+        return self._rule(call, outs, tracked)
+
+    def _use(self, op: str, entry: tuple[str, Tensor] | None) -> None:
+        """A parameter that enters an operation other than those which it is for has another role."""
+        if entry and not _NO_USE.match(op):
+            module = self.owners[entry[0]][1]
+            if op == "repeat" and norm_kind(module).startswith("InstanceNorm") and self._stack[-1][1] is module:
+                self.roles[entry[0]].add("norm")
+                return
+            self.roles[entry[0]].add(self._why)
+            if entry[1].dim() > 1:
                 self.used_by.setdefault(entry[0], self._why)
 
-    def _rule(
-        self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Any
-    ) -> tuple[Tensor | None, int]:
-        """The ids of what an operation returns, and how many of its results have them; the others are constants."""
-        live = [i for i in ids if i is not None]
-        tags = func.tags if isinstance(func, torch._ops.OpOverload) else ()
+    def _take_index(self, call: _Call, *names: str) -> bool:
+        """Takes arguments that say where something is; whether data is in them."""
+        tensors = [i for t in call.take(*names) if (i := self.ids(t)) is not None]
+        for ids in tensors:
+            kinds = kinds_of(ids)
+            if self.nodes.bare[kinds].any():
+                self.refuse(kinds, f"{self._why} takes it for an index")
+        return bool(tensors)
+
+    def _take_ids(self, call: _Call, name: str) -> Tensor | None:
+        """The ids of one argument, which enters the result."""
+        ids = None
+        for tensor in call.take(name):
+            ids = self.ids(tensor)
+            self._use(call.op, self.parameter(tensor))
+        return ids
+
+    def _everything(self, call: _Call) -> Tensor | None:
+        """What all arguments are made of, as one mix."""
+        ids = [i for _, t in call.tensors if (i := self.ids(t)) is not None]
+        if not ids:
+            return None
+        whole = self.nodes.merge(torch.cat([kinds_of(i) for i in ids]), self._why)
+        return self.nodes.with_data(whole)
+
+    def _rule(self, call: _Call, outs: Sequence[Tensor], tracked: set[str]) -> list[Tensor | None]:
+        """The ids of what an operation returns, of which some argument has ids."""
+        op, nodes = call.op, self.nodes
         spatial = _SPATIAL.search(op)
-        x = ids[0] if ids and tensors and args and args[0] is tensors[0] else None
+        name, first = call.tensors[0]
+        x = self.ids(first) if call.args and call.args[0] is first else None
         if any(kind in op for kind in _ATTENTION):
-            return self._attention(args, outs[0]), 1
+            return [self._attention(call, outs[0]), *itertools.repeat(self._everything(call), len(outs) - 1)]
         if spatial and x is not None and x.dim() > int(spatial[1]):
             n = int(spatial[1])
-            merged = self.nodes.merge(x.flatten(-n), self._why)
-            for other in ids[1:]:
-                self.refuse(other, f"{self._why} takes it for coordinates")
-            return merged.reshape(merged.shape + (1,) * n), len(outs)
-        if op == "clone" or (op == "_to_copy" and outs[0].shape == tensors[0].shape):
-            return ids[0], 1
+            self._use(op, self.parameter(*call.take(name)))
+            self._take_index(call, "grid")
+            merged = nodes.merge(x.flatten(-n), self._why)
+            return [merged.reshape(merged.shape + (1,) * n)] * len(outs)
+        if op == "clone" or (op == "_to_copy" and outs[0].shape == first.shape):
+            return [self._take_ids(call, name)]
+        if op in ("copy", "fill") and call.mutable:
+            call.take(name)
+            return [self._take_ids(call, "src" if op == "copy" else "value")]
         if op in _MOVES:
-            return self._move(func, op, args, kwargs, tensors, live, outs)
+            return [self._move(call, outs)]
         if op in ("index_add", "scatter_add"):
-            return self._add_at(args, ids), 1
+            return [self._add_at(call, outs[0])]
         if op == "glu" and x is not None:
-            first, second = x.chunk(2, args[1] if len(args) > 1 else -1)
-            return self.nodes.join(first, second), 1
-        if op in _REDUCTIONS and x is not None and len(live) == 1:
-            return self._reduce(func, args, kwargs, x), len(outs)
+            call.take(name)
+            return [nodes.join(*x.chunk(2, call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", -1)))]
+        if op in _REDUCTIONS and x is not None and tracked == {name}:
+            self._use(op, self.parameter(*call.take(name)))
+            if self.statistics or (self._stack and norm_kind(self._stack[-1][1]) == "RMSNorm"):
+                self.notes.append((kinds_of(x), f"{self._norm_here()} couples its units"))
+                return [torch.tensor(0, device="cpu")] * len(outs)
+            reduced = self._reduce(call, x)
+            return [nodes.with_one(reduced) if op in _NOT_ZERO else reduced] * len(outs)
         if op in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum") and x is not None:
-            merged = self.nodes.merge(x.movedim(args[1], -1), self._why)
-            if (self.nodes.left[merged] < 0).logical_and(~(self.nodes.left[x] < 0).all()).any():
-                self.refuse(x, f"its features are mixed by {self._why}")
-            return self.nodes.join(x, merged.unsqueeze(args[1]).expand(x.shape)), 1
-        if op in _TO_PYTHON and tensors[0].dtype == torch.bool:
+            call.take(name)
+            axis = call["dim"]
+            merged = nodes.merge(x.movedim(axis, -1), self._why).unsqueeze(axis).expand(x.shape)
+            joined = cast(Tensor, nodes.join(x, merged))
+            return [joined if op == "cumsum" else nodes.with_one(joined)]
+        if op in _TO_PYTHON and first.dtype == torch.bool:
             # a condition; a number would come back unseen
-            return None, 0
-        if outs and (torch.Tag.pointwise in tags or op in _POINTWISE):
-            return self._pointwise(op, tensors, ids, outs), 1
-        for i in live:
-            self.refuse(i, f"{self._why} has no rule")
-        computed = [self.parameter(t) is not None or i is None for t, i in zip(tensors, ids, strict=True)]
-        # of parameters alone: still no data
-        return live[0].flatten()[0] if all(computed) else torch.tensor(DATA, device="cpu"), len(outs)
+            call.take()
+            return []
+        if outs and (torch.Tag.pointwise in call.tags or op in _POINTWISE):
+            return [self._pointwise(call, outs[0])]
+        taken = [i for t in call.take() if (i := self.ids(t)) is not None]
+        for ids in taken:
+            self.refuse(ids, f"{self._why} has no rule")
+        for _, tensor in call.tensors:
+            self._use(op, self.parameter(tensor))
+        kinds = torch.unique(torch.cat([kinds_of(i) for i in taken]))
+        _, leaf = nodes.leaves(kinds)
+        known = leaf[(leaf != DATA) & (leaf != ONE)]
+        if len(known) and not nodes.bare[known].any() and not (leaf == DATA).any():
+            # of parameters alone: still no data
+            return [known[0]] * len(outs)
+        return [torch.tensor(DATA, device="cpu")] * len(outs)
 
-    def _pointwise(
-        self, op: str, tensors: Sequence[Tensor], ids: list[Tensor | None], outs: Sequence[Tensor]
-    ) -> Tensor | None:
-        wide = [None if i is None else i.expand(outs[0].shape) for i in ids]
-        if op == "copy":
-            return wide[1]
-        if op == "where" and len(wide) == 3:
-            condition = None if wide[0] is None else self.nodes.bare[wide[0]]
-            return self.nodes.join(self.nodes.join(wide[1], wide[2]), condition)
-        result: Tensor | None = None
-        for i, (tensor, own) in enumerate(zip(tensors, wide, strict=True)):
-            others = wide[:i] + wide[i + 1 :]
-            entry = self.parameter(tensor)
-            if entry and len(others) == 1 and others[0] is not None:
-                if op == "add" and self._is_bias(entry[0], others[0]):
-                    continue
-                self._scale(entry, tensor, others[0])
-            if op in _PRODUCTS:
-                result = self.nodes.product(result, own)
+    def _pointwise(self, call: _Call, out: Tensor) -> Tensor | None:
+        """The union of the arguments; the units alone where those make the result zero when they are."""
+        nodes, op = self.nodes, call.op
+        tensors = call.take()
+        zero = torch.tensor(0, device="cpu")
+        ids = [zero if i is None else i for i in map(self.ids, tensors)]
+        biases: set[int] = set()
+        for i, tensor in enumerate(tensors):
+            entry, others = self.parameter(tensor), ids[:i] + ids[i + 1 :]
+            if entry is None:
                 continue
-            if op == "add" and own is not None and result is not None and self.nodes.mixes:
-                for mixed, other in ((own, result), (result, own)):
-                    lonely = (self.nodes.left[mixed] < 0) & (other > 0) & (other != mixed)
-                    if lonely.any():
-                        self._refuse_mixed(mixed[lonely])
-            result = self.nodes.join(result, own)
-        return result
+            if len(others) == 1 and others[0] is not zero:
+                if op == "add" and call["alpha"] in (None, 1) and self._is_bias(entry[0], others[0]):
+                    self.roles[entry[0]].add("bias")
+                    ids[i] = zero
+                    biases.add(i)
+                    continue
+                if self._scale(entry, tensor, others[0]):
+                    ids[i] = zero
+                    continue
+            self._use(op, entry)
+        wide, shape = narrow(*(i.expand(out.shape) for i in ids))
+        # 0: constant, 1: zero where its units are, 2: anything else
+        codes = [torch.where(i == 0, 0, 2 - nodes.clean(i).long()) for i in wide]
+        code = cast(Tensor, sum(c * 3**k for k, c in enumerate(codes)))
+        result = nodes.union(wide)
+        for number in torch.unique(code).tolist():
+            kinds = [number // 3**k % 3 for k in range(len(wide))]
+            if 1 not in kinds:
+                continue
+            here = code == number
+            # with its units, a layer's bias is zero too
+            zeros = [kind == 1 or i in biases for i, kind in enumerate(kinds)]
+            if not self._is_zero(call, tensors, kinds, zeros):
+                # of units, and not zero without them: this goes for the join only where no data is in it
+                result = torch.where(here, nodes.with_one(result), result)
+            elif 2 in kinds:
+                units = [nodes.bare[i] if kind == 2 else i for i, kind in zip(wide, kinds, strict=True)]
+                result = torch.where(here, nodes.union(units), result)
+        return result.expand(shape)
 
-    def _refuse_mixed(self, ids: Tensor) -> None:
-        for node in torch.unique(ids).tolist():
-            members, why = self.nodes.mixes[-1 - int(self.nodes.left[node])]
-            self.refuse(members, f"its features are mixed by {why}")
+    def _is_zero(self, call: _Call, tensors: Sequence[Tensor], kinds: Sequence[int], zeros: Sequence[bool]) -> bool:
+        """Whether an element-wise operation gives zero where some arguments are, whatever those of kind 2 are."""
+        if torch.Tag.nondeterministic_seeded in call.tags:
+            return call.op in _DROPOUTS
+        stand_ins: dict[int, Tensor] = {}
+        known: list[Any] = []
+        for i, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
+            constant = kind == 0 and tensor.numel() == 1 and tensor.device.type != "meta"
+            if zeros[i]:
+                stand_in = torch.zeros(_SAMPLES, dtype=tensor.dtype, device="cpu")
+            elif constant:
+                stand_in = tensor.detach().reshape(()).cpu().expand(_SAMPLES).clone()
+                known.append(stand_in[0].item())
+            else:
+                stand_in = _samples(tensor.dtype, i)
+            stand_ins[id(tensor)] = stand_in
+        others = [v for v in tree_leaves((call.args, call.kwargs)) if not isinstance(v, Tensor)]
+        key = (call.func, tuple(t.dtype for t in tensors), tuple(kinds), tuple(zeros), str(known), str(others))
+        if key not in self._probed:
+            args, kwargs = tree_map(
+                lambda v: stand_ins.get(id(v), v) if isinstance(v, Tensor) else v, (call.args, call.kwargs)
+            )
+            kwargs = {
+                k: v for k, v in kwargs.items() if not isinstance(v, Tensor) or any(v is t for t in stand_ins.values())
+            }
+            try:
+                packet = call.func
+                if call.mutable and any(a.kwarg_only and a.alias_info for a in call.func._schema.arguments):
+                    packet = call.func._overloadpacket
+                result = tree_leaves(packet(*args, **kwargs))[0]
+                self._probed[key] = not bool(result.ne(0).any())
+            except Exception:  # an operation may refuse what it is tried on
+                self._probed[key] = False
+        return self._probed[key]
 
     def _is_bias(self, name: str, ids: Tensor) -> bool:
-        """Whether a parameter belongs to the very layers that make the units it is added to."""
-        _, leaves = self.nodes.leaves(_kinds(ids))
-        makers = {
-            self.nodes.sources[i].parameter for i in torch.unique(self.nodes.origin[leaves]).tolist() if 0 < i < BASE
-        }
-        owners = {self.owners[maker][1] for maker in makers}
-        return bool(makers) and owners == {self.owners[name][1]} and kind(self.owners[name][1]) not in NORMS
+        """Whether a parameter is the bias of the very layers that make the units it is added to."""
+        module = self.owners[name][1]
+        if not name.endswith("bias") or norm_kind(module):
+            return False
+        _, leaves = self.nodes.leaves(kinds_of(ids))
+        units = leaves[self.nodes.is_unit(leaves)]
+        makers = {self.nodes.sources[i - 1].parameter for i in torch.unique(self.nodes.origin[units]).tolist()}
+        return bool(makers) and len(units) == len(leaves) and {self.owners[maker][1] for maker in makers} == {module}
 
-    def _scale(self, entry: tuple[str, Tensor], tensor: Tensor, ids: Tensor) -> None:
-        """Notes a parameter that multiplies units, or is added to them, entry by entry."""
+    def _scale(self, entry: tuple[str, Tensor], tensor: Tensor, ids: Tensor) -> bool:
+        """Notes a parameter that multiplies units, or is added to them; whether it is the scale of a norm."""
         name, parameter = entry
         owner, module = self.owners[name]
-        if kind(module) == "RMSNorm" and tensor.shape == parameter.shape:
+        if norm_kind(module) == "RMSNorm" and tensor.shape == parameter.shape and self._stack[-1:] == [(owner, module)]:
             if name.endswith("weight"):
+                self.roles[name].add("norm")
                 self._record("norm", owner, ids.flatten(-parameter.dim()), -1)
-        elif kind(module) not in NORMS and isinstance(parameter, nn.Parameter):
-            ids = self.nodes.bare[_kinds(ids)]
+                return True
+        elif not norm_kind(module) and isinstance(parameter, nn.Parameter):
+            ids = self.nodes.bare[kinds_of(ids)]
             self.notes.append((ids, f"'{name}' goes into its units and is left as it is"))
+        return False
 
-    def _matmul(self, op: str, args: Any, out: Tensor) -> None:
-        first, second = args[1:3] if op in _SUMMING else args[:2]
+    def _matmul(self, call: _Call, out: Tensor) -> Tensor | None:
+        op, nodes = call.op, self.nodes
+        names = [a.name for a in call.func._schema.arguments][op in _SUMMING :][:2]
+        first, second = (call[name] for name in names)
         entries = self.parameter(first), self.parameter(second)
         weights = [e if e and e[1].dim() > 1 else None for e in entries]
-        if all(weights):
-            self._use(op, weights)
-            self.put(out, self.nodes.join(self._whole(self.ids(first)), self._whole(self.ids(second))))
-            return
-        if weights[1] or weights[0]:
+        added = call["self"] if op in _SUMMING else None
+        if (weights[0] or weights[1]) and not all(weights):
+            call.take(*names)
             name, parameter = weights[1] or weights[0]  # type: ignore[misc]
             weight, x = (second, first) if weights[1] else (first, second)
             if not weights[1]:
                 # out = W x: the units are rows of the result, features are rows of x
-                weight, x, out = weight.transpose(-1, -2), x.transpose(-1, -2), out.transpose(-1, -2)
+                weight, x = weight.transpose(-1, -2), x.transpose(-1, -2)
             axis = _axis_of(weight, parameter)
             ids = self.ids(x)
+            self._use(op, entries[0] if weights[1] else entries[1])
             if axis is None:
                 self.roles[name].add("a slice or a reshape of it")
                 self.refuse(ids, f"it is read through a slice or a reshape of '{name}'")
-                self.put(out, torch.tensor(DATA, device="cpu").expand(out.shape))
-                return
+                return torch.tensor(DATA, device="cpu")
             self._read(name, axis, ids, -1)
             self.roles[name].add("matrix product" if axis == 1 else "matrix product with its transpose")
-            made = self.nodes.source(name, 1 - axis, weight.shape[-1])
-            if op in _SUMMING:
-                made = cast(Tensor, self.nodes.join(made, self._bias(args[0], made)))
-            self.put(out, made.expand(out.shape))
-            return
+            made = nodes.source(name, 1 - axis, weight.shape[-1])
+            made = made if weights[1] else made[:, None]
+            return self._with_bias(call, added, made.expand(out.shape))
         a, b = self.ids(first), self.ids(second)
+        for name in names:
+            self._take_ids(call, name)
         for own, other in ((a, b), (b, a)):
-            if (
-                own is not None
-                and other is not None
-                and (self.nodes.bare[_narrow(own)[0][0]] == 0).all()
-                and own.max() > DATA
-            ):
-                # no unit and no data but parameters only
+            if own is not None and other is not None and self._is_computed(own):
                 self.refuse(other, f"{self._why} multiplies it by a weight that is computed, not a parameter")
-        rows = None if a is None else self.nodes.merge(a, self._why)[..., :, None].expand(out.shape)
-        columns = (
-            None if b is None else self.nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
-        )
-        result = self.nodes.product(rows, columns)
-        if op in _SUMMING:
-            added = self.ids(args[0])
-            result = self.nodes.join(result, None if added is None else added.expand(out.shape))
-        self.put(out, result)
+        rows = None if a is None else nodes.merge(a, self._why)[..., :, None].expand(out.shape)
+        columns = None if b is None else nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        return self._with_bias(call, added, nodes.product(rows, columns))
 
-    def _whole(self, ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else self.nodes.merge(_kinds(ids), self._why)
+    def _is_computed(self, ids: Tensor) -> bool:
+        """Whether a tensor is made of parameters alone."""
+        _, leaf = self.nodes.leaves(kinds_of(ids))
+        return bool((leaf > ONE).any()) and not bool(self.nodes.bare[leaf].any()) and not bool((leaf == DATA).any())
 
-    def _bias(self, bias: Tensor, ids: Tensor) -> Tensor | None:
-        """The ids that a layer's summand adds: none if it is its own bias."""
-        entry, added = self.parameter(bias), self.ids(bias)
-        return None if entry and self._is_bias(entry[0], ids) else added
+    def _with_bias(self, call: _Call, bias: Any, made: Tensor | None) -> Tensor | None:
+        """The ids of a layer's result with its summand: its own bias adds none."""
+        if not isinstance(bias, Tensor):
+            return made
+        name = next(name for name, t in call.tensors if t is bias)
+        entry = self.parameter(bias)
+        if entry and made is not None and call["beta"] in (None, 1) and self._is_bias(entry[0], made):
+            call.take(name)
+            self.roles[entry[0]].add("bias")
+            return made
+        added = self._take_ids(call, name)
+        if added is not None and made is not None:
+            return self.nodes.join(made, added.expand(made.shape))
+        if added is None:
+            return made if made is None else self.nodes.with_one(made)
+        return added
 
     def _read(self, name: str, axis: int, ids: Tensor | None, along: int) -> None:
         owner = self.owners[name][1]
@@ -678,130 +645,318 @@ class Trace(Preserving):
         if ids is not None:
             self._record("read", (name, axis), ids, along)
 
-    def _convolution(self, args: Any, out: Tensor) -> None:
-        x, weight, bias = args[:3]
-        transposed, groups = args[6], args[8]
+    def _convolution(self, call: _Call, out: Tensor) -> Tensor | None:
+        x, weight, bias = call["input"], call["weight"], call["bias"]
+        transposed, groups = call["transposed"], call["groups"]
         entry, ids = self.parameter(weight), self.ids(x)
         spread = (1,) * (out.dim() - 2)
+        call.take("input")
+        self._use(call.op, self.parameter(x))
         if entry is None or weight.shape != entry[1].shape:
             self.refuse(ids, f"{self._why} multiplies it by a weight that is computed, not a parameter")
-            self.put(out, torch.tensor(DATA, device="cpu").expand(out.shape))
-            return
+            return torch.tensor(DATA, device="cpu")
         name = entry[0]
-        self._use("convolution", [e for e in (self.parameter(bias),) if e and e[1].dim() > 1])
+        call.take("weight")
         if groups > 1 and groups == x.shape[1] and ids is not None and not transposed:
             channels = self.nodes.merge(ids.flatten(2), self._why)
             if (self.nodes.bare[channels] > 0).any():
                 channels = channels.repeat_interleave(out.shape[1] // groups, 1)
                 self._record("pass", (name, 0), channels, 1)
                 self.roles[name].add("depthwise convolution")
-                self.put(out, channels.reshape(channels.shape + spread).expand(out.shape))
-                return
+                if bias is not None:
+                    own = self.parameter(bias)
+                    call.take("bias")
+                    if own and self.owners[own[0]][1] is self.owners[name][1] and own[0].endswith("bias"):
+                        self.roles[own[0]].add("bias")
+                    else:
+                        self._use(call.op, own)
+                        added = self.ids(bias)
+                        channels = cast(Tensor, self.nodes.join(channels, added))
+                        channels = self.nodes.with_one(channels) if added is None else channels
+                return channels.reshape(channels.shape + spread).expand(out.shape)
         self.roles[name].add("convolution")
         self._read(name, int(not transposed), ids, 1)
-        made = self.nodes.source(name, int(transposed), out.shape[1])
-        if bias is not None:
-            made = cast(Tensor, self.nodes.join(made, self._bias(bias, made)))
-        self.put(out, made.reshape(-1, *spread).expand(out.shape))
+        made = self._with_bias(call, bias, self.nodes.source(name, int(transposed), out.shape[1]))
+        return cast(Tensor, made).reshape(-1, *spread).expand(out.shape)
 
-    def _norm(self, op: str, args: Any) -> Tensor | None:
-        ids = self.ids(args[0])
+    def _norm(self, call: _Call) -> Tensor | None:
+        op, nodes = call.op, self.nodes
+        x = call["input"]
+        ids = self.ids(x)
+        call.take("input")
+        self._use(op, self.parameter(x))
         features = "layer" in op or "rms" in op
-        affine = [t for t in args[2:] if isinstance(t, Tensor)] if features else args[1:5]
-        entries = [self.parameter(t) for t in affine]
         if ids is None:
+            for tensor in call.take():
+                self._use(op, self.parameter(tensor))
             return None
-        axis, columns = (-1, ids.flatten(-len(args[1]))) if features else (1, ids)
-        named = [e for e in entries if e]
-        if named:
-            self._record("norm", self.owners[named[0][0]][0], columns, axis)
-        else:
-            self._repeated_norm([self.ids(t) for t in affine if isinstance(t, Tensor)], columns)
+        axis, columns = (-1, ids.flatten(-len(call["normalized_shape"]))) if features else (1, ids)
+        # entries of a norm in their own role; what else scales, shifts or is said to be a statistic enters the result
+        of_norm: list[str] = []
+        result: Tensor = ids
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            tensor = call[key]
+            if not isinstance(tensor, Tensor):
+                continue
+            entry = self.parameter(tensor)
+            owner, module = self.owners[entry[0]] if entry else ("", None)
+            whole = entry is not None and tensor.shape == entry[1].shape and entry[0] == _join(owner, key)
+            if entry and whole and norm_kind(module):
+                call.take(key)
+                self.roles[entry[0]].add("norm")
+                of_norm.append(owner)
+                continue
+            repeated = self._repeated(tensor, key)
+            own = self.ids(tensor)
+            if repeated:
+                call.take(key)
+                channels = columns.movedim(1, 0)
+                size = norm_shape(self.modules[repeated])[0]
+                for first in range(0, len(channels), size):
+                    self._record("norm", repeated, channels[first : first + size], 0)
+                continue
+            if key.startswith("running") or own is None:
+                # a constant shift, or statistics that were copied for every sample
+                result = nodes.with_one(result) if own is None and key == "bias" else result
+                if own is None:
+                    call.take(key)
+                continue
+            added = self._take_ids(call, key)
+            assert added is not None
+            shape = added.shape if features else (added.shape[0], *(1,) * (ids.dim() - 2))
+            added = added.reshape(shape).expand(ids.shape)
+            joined = nodes.product(result, added) if key == "weight" else nodes.join(result, added)
+            result = cast(Tensor, joined)
+        owners = dict.fromkeys(of_norm)
+        if len(owners) > 1:
+            self.refuse(ids, f"{self._why} takes entries of several norms: {', '.join(owners)}")
+        for owner in owners:
+            self._record("norm", owner, columns, axis)
         # of an instance norm on features without channels, a channel is a sample
-        across = "batch" in op and self.nodes.merge(columns.transpose(0, 1).flatten(1), self._why)
-        if "batch" not in op or bool((self.nodes.left[across] < 0).any()):
-            at = label(*self._stack[-1]) if self._stack else "a norm"
-            self.notes.append((_kinds(ids), f"{at} couples its units"))
-        return ids
+        if "batch" in op:
+            across = nodes.merge(columns.transpose(0, 1).flatten(1), self._why).reshape(-1, *(1,) * (ids.dim() - 2))
+            _, leaf = nodes.leaves(kinds_of(across))
+            if bool((nodes.mix[leaf] > 0).any()):
+                result = cast(Tensor, nodes.join(result, across))
+        else:
+            self.notes.append((kinds_of(ids), f"{self._norm_here()} couples its units"))
+            result = nodes.with_one(result) if op in _NOT_ZERO else result
+        return result
 
-    def _repeated_norm(self, affine: Sequence[Tensor | None], columns: Tensor) -> None:
-        """An instance norm repeats its scale for every sample, and makes channels of them."""
-        scale = next((i for i in affine if i is not None), None)
-        if scale is None:
-            return
-        source = self.nodes.sources[int(self.nodes.origin[scale.reshape(-1)[0]])]
-        channels = columns.movedim(1, 0)
-        for first in range(0, len(channels), source.size):
-            self._record("norm", self.owners[source.parameter][0], channels[first : first + source.size], 0)
+    def _norm_here(self) -> str:
+        return label(*self._stack[-1]) if self._stack else "a norm"
 
-    def _attention(self, args: Any, out: Tensor) -> Tensor | None:
-        query, key, value = (self.ids(t) for t in args[:3])
-        mixed = self.nodes.join(self._whole(query), self._whole(key))
-        if mixed is not None:
-            mixed = self.nodes.bare[mixed]
-            mixed = None if not mixed.any() else mixed.expand(out.shape)
+    def _repeated(self, tensor: Tensor, key: str) -> str:
+        """The instance norm of which a tensor repeats the scale or shift for every sample, or an empty string."""
+        ids = self.ids(tensor)
+        if ids is None or key not in ("weight", "bias"):
+            return ""
+        kinds = kinds_of(ids)
+        if len(kinds) != 1 or not int(self.nodes.origin[kinds[0]]) > 0:
+            return ""
+        name = self.nodes.source_of(int(kinds[0])).parameter
+        owner, module = self.owners.get(name, ("", None))
+        of_norm = module is not None and norm_kind(module).startswith("InstanceNorm")
+        return owner if of_norm and name == _join(owner, key) else ""
+
+    def _attention(self, call: _Call, out: Tensor) -> Tensor | None:
+        nodes = self.nodes
+        value = self.ids(call["value"])
+        names = ("query", "key", "value", "attn_mask", "attn_bias")
+        mixing = []
+        for name in names:
+            ids = self._take_ids(call, name)
+            if ids is not None and name != "value":
+                mixing.append(kinds_of(ids))
+        mixed = nodes.merge(torch.cat(mixing), self._why) if mixing else None
+        # one layer's units decide over all values, also where a single one does
+        mixed = None if mixed is None else nodes.with_data(mixed)
         if value is not None:
-            value = self.nodes.merge(value.transpose(-1, -2), self._why)
+            value = nodes.merge(value.transpose(-1, -2), self._why)
             value = value.repeat_interleave(out.shape[-3] // value.shape[-2], -2) if value.dim() > 1 else value
             value = value[..., None, :].expand(out.shape)
-        return self.nodes.product(value, mixed)
+        return nodes.product(value, None if mixed is None else mixed.expand(out.shape))
 
-    def _move(
-        self, func: Any, op: str, args: Any, kwargs: Any, tensors: Sequence[Tensor], live: Sequence[Tensor], outs: Any
-    ) -> tuple[Tensor | None, int]:
+    def _move(self, call: _Call, outs: Sequence[Tensor]) -> Tensor | None:
         """An operation that only moves elements is carried out on their ids."""
-        if op in ("cat", "stack"):
-            moved = set(map(id, args[0]))
-        elif op in ("slice_scatter", "select_scatter"):
-            moved = set(map(id, args[:2]))
-        elif op == "index_put":
-            moved = {id(args[0]), id(args[2])}
-        else:
-            moved = {id(args[0])}
-        accumulates = op == "index_put" and ((len(args) > 3 and args[3]) or kwargs.get("accumulate"))
-        for tensor in tensors:
-            if id(tensor) not in moved:
-                self.refuse(self.ids(tensor), f"{self._why} takes it for an index")
-        if accumulates or any(t.device.type == "meta" for t in tensors if id(t) not in moved):
-            for i in live:
-                self.refuse(i, f"{self._why} has no rule")
-            return torch.tensor(DATA, device="cpu"), len(outs)
+        op, nodes = call.op, self.nodes
+        moved = {"index_put": ("self", "values"), "slice_scatter": ("self", "src"), "select_scatter": ("self", "src")}
+        names = moved.get(op, (call.tensors[0][0],))
+        for name in names:
+            for tensor in call.take(name):
+                self._use(op, self.parameter(tensor))
+        by_data = self._take_index(call, "index", "indices")
+        places = [t for _, t in call.tensors if not any(t is other for n in names for other in tree_leaves(call[n]))]
+        if any(t.device.type == "meta" for t in places):
+            for name in names:
+                for tensor in tree_leaves(call[name]):
+                    self.refuse(self.ids(tensor), f"{self._why} has no rule")
+            return torch.tensor(DATA, device="cpu")
 
         def ids_of(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if id(value) not in moved:
+            if any(value is place for place in places):
                 return value.cpu()
             ids = self.ids(value)
-            zeros = torch.zeros((), dtype=torch.float64, device="cpu").expand(value.shape)
-            return zeros if ids is None else ids.double()
+            zeros = torch.zeros((), dtype=torch.int64, device="cpu").expand(value.shape)
+            return zeros if ids is None else ids
 
-        if op == "constant_pad_nd":
-            args = args[:2]
-        args, kwargs = tree_map(ids_of, (args, kwargs))
-        if func._schema.is_mutable:
-            args = (args[0].clone(), *args[1:])
-        return func(*args, **kwargs).long(), 1
+        if op in ("cat", "stack"):
+            return self._side_by_side(call, [ids_of(t) for t in call.args[0]], outs[0])
+        args, kwargs = (call.args[:2], {}) if op == "constant_pad_nd" else (call.args, dict(call.kwargs))
+        args, kwargs = tree_map(ids_of, (args, {k: v for k, v in kwargs.items() if k != "out"}))
+        if by_data or op == "index_put":
+            return self._move_by_index(call, args, kwargs, by_data)
+        ids = _on_ids(call.func, args, kwargs)
+        if op == "constant_pad_nd" and call.args[2:] and call.args[2] != 0:
+            filled = (ids == 0) & (nodes.bare[args[0]].any())
+            ids = torch.where(filled, ONE, ids)
+        return ids
 
-    def _add_at(self, args: Any, ids: list[Tensor | None]) -> Tensor | None:
+    def _side_by_side(self, call: _Call, ids: list[Tensor], out: Tensor) -> Tensor:
+        """`cat` and `stack`, for which axes where nothing varies stay narrow."""
+        axis = call["dim"] or 0
+        if call.op == "stack":
+            axis = axis % out.dim()
+            ids = [i.unsqueeze(axis) for i in ids]
+        else:
+            axis = axis % out.dim()
+            # an empty tensor of one axis goes with all
+            ids = [i for i in ids if i.dim() == out.dim()]
+        sizes = [i.shape[axis] for i in ids]
+        wide = [i.narrow(axis, 0, 1) if i.shape[axis] > 1 and same_along(i, axis) else i for i in ids]
+        thin = [narrow(i)[0][0] for i in wide]
+        shape = [max(i.shape[k] for i in thin) for k in range(out.dim())]
+        parts = []
+        for i, size in zip(thin, sizes, strict=True):
+            parts.append(i.expand([size if k == axis else shape[k] for k in range(out.dim())]))
+        return torch.cat(parts, axis).expand(out.shape)
+
+    def _move_by_index(self, call: _Call, args: Any, kwargs: Any, by_data: bool) -> Tensor:
+        """Elements that data chooses may be any along the axes that are indexed; so may be where they are put."""
+        nodes, op = self.nodes, call.op
+        x = args[0]
+        if op in ("index", "index_put"):
+            axes: list[int] = []
+            at = 0
+            for index in call.given["indices"]:
+                count = index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
+                axes += range(at, at + count) if index is not None else []
+                at += count
+        else:
+            flat = op == "take_along_dim" and call["dim"] is None
+            axes = list(range(x.dim())) if flat else [int(call["dim"]) % max(x.dim(), 1)]
+        anywhere = (lambda ids: self._along(ids, axes)) if by_data else (lambda ids: ids)
+        if op != "index_put":
+            return _on_ids(call.func, (anywhere(x), *args[1:]), kwargs)
+        values = args[2]
+        if by_data:
+            rest = x.dim() - len(axes)
+            lead = max(values.dim() - rest, 0)
+            if lead:
+                merged = nodes.merge(values.reshape(-1, *values.shape[lead:]).movedim(0, -1), self._why)
+                values = merged.expand(values.shape)
+        packet = torch.ops.aten.index_put.default
+        after = packet(x, args[1], values.expand(values.shape), False)
+        accumulates = bool((len(args) > 3 and args[3]) or kwargs.get("accumulate"))
+        if accumulates or by_data:
+            after = cast(Tensor, nodes.join(anywhere(x), anywhere(after)))
+            after = nodes.with_one(after) if not accumulates and by_data and (x == 0).any() else after
+        return after
+
+    def _along(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
+        """The union along some axes, at each place of them."""
+        kept = [axis for axis in range(ids.dim()) if axis not in axes]
+        merged = self.nodes.merge(ids.permute(kept + list(axes)).flatten(len(kept)), self._why)
+        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]).expand(ids.shape)
+
+    def _add_at(self, call: _Call, out: Tensor) -> Tensor | None:
         """index_add and scatter_add: every place may receive what any row of the source holds."""
-        own, source = ids[0], self.ids(args[3])
-        self.refuse(self.ids(args[2]), f"{self._why} takes it for an index")
-        if source is not None:
-            source = self.nodes.merge(source.movedim(args[1], -1), self._why).unsqueeze(args[1]).expand(args[0].shape)
+        own = self._take_ids(call, "self")
+        name = "source" if call["source"] is not None else "src"
+        source = self._take_ids(call, name)
+        self._take_index(call, "index")
+        if source is not None and source.dim():
+            axis = call["dim"]
+            source = self.nodes.merge(source.movedim(axis, -1), self._why).unsqueeze(axis)
+            if all(n in (1, m) for n, m in zip(source.shape, out.shape, strict=True)):
+                source = source.expand(out.shape)
+            else:
+                source = self.nodes.merge(source.flatten(), self._why).expand(out.shape)
         return self.nodes.join(own, source)
 
-    def _reduce(self, func: Any, args: Any, kwargs: Any, ids: Tensor) -> Tensor:
-        names = [a.name for a in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        axes = given.get("dim")
+    def _reduce(self, call: _Call, ids: Tensor) -> Tensor:
+        axes = call["dim"]
         axes = list(range(ids.dim())) if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
         axes = [axis % max(ids.dim(), 1) for axis in axes]
         kept = [axis for axis in range(ids.dim()) if axis not in axes]
         merged = self.nodes.merge(ids.permute(kept + axes).flatten(len(kept)), self._why) if axes else ids
-        return (
-            merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if given.get("keepdim") else merged
-        )
+        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if call["keepdim"] else merged
+
+
+_log = logging.getLogger("cbp_fast")
+_SAMPLES = 24
+
+
+def _samples(dtype: torch.dtype, number: int) -> Tensor:
+    """Values of many sizes and both signs, the same ones each time."""
+    generator = torch.Generator("cpu").manual_seed(number)
+    if dtype == torch.bool:
+        return torch.rand(_SAMPLES, generator=generator, device="cpu") < 0.5
+    values = torch.randn(_SAMPLES, generator=generator, dtype=torch.float32, device="cpu") * 3
+    values[::5] = values[::5].sign()
+    if not (dtype.is_floating_point or dtype.is_complex):
+        values = values.abs().ceil()
+    return values.to(dtype)
+
+
+def _on_ids(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """What an operation that moves elements makes of ids: of int64 where it can, and of float64, exact for them too."""
+    if func._schema.is_mutable:
+        func, kwargs = func._overloadpacket, {k: v for k, v in kwargs.items() if k != "out"}
+        args = (args[0].clone(), *args[1:])
+    try:
+        return cast(Tensor, func(*args, **kwargs)).long()
+    except (NotImplementedError, RuntimeError):
+        args = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v is args[0] else v, args)
+        return cast(Tensor, func(*args, **kwargs)).long()
+
+
+def _seen_through(shadow: _Shadow, tensor: Tensor) -> Tensor | None:
+    """The ids of a view of the storage as a view of the shadow's; None if they do not repeat as the view does."""
+    run, period = shadow.run, len(shadow.ids)
+    offset = tensor.storage_offset()
+    inner, reach, strides = offset % run, offset // run % period, []
+    first = reach
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1 or stride % (run * period) == 0:
+            strides.append(0)
+        elif stride % run == 0:
+            strides.append(stride // run)
+            reach += (size - 1) * strides[-1]
+        else:
+            strides.append(0)
+            inner += (size - 1) * stride
+    if inner >= run or reach >= period:
+        return None
+    return shadow.ids.as_strided(tensor.shape, strides, first)
+
+
+def _join(owner: str, key: str) -> str:
+    return f"{owner}.{key}" if owner else key
+
+
+def bytes_of(tensor: Tensor) -> range:
+    """The bytes of its storage that a tensor reaches."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first, size = tensor.storage_offset(), tensor.element_size()
+    return range(first * size, (first + last + 1) * size)
+
+
+def overlap(a: range, b: range) -> bool:
+    """Whether two ranges share a byte."""
+    return a.start < b.stop and b.start < a.stop
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:

@@ -213,6 +213,12 @@ def kind(module: nn.Module) -> str:
     return ""
 
 
+def norm_kind(module: nn.Module | None) -> str:
+    """Name of the norm of torch.nn that a module is, also where its forward() adds something; or an empty string."""
+    names = (cls.__name__ for cls in type(module).__mro__ if getattr(nn, cls.__name__, None) is cls)
+    return next((name for name in names if name in NORMS), "")
+
+
 def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
     names = {module: name for name, module in model.named_modules()}
     members = {
@@ -231,7 +237,7 @@ def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
             ):
                 raise ValueError(f"'{name}' is named twice; a layer has one role in a group")
             if role == "norms":
-                if kind(module) not in NORMS:
+                if not norm_kind(module):
                     raise TypeError(
                         f"{label(name, module)} is not supported as a norm: it must be one of {', '.join(NORMS)}"
                     )
@@ -416,7 +422,7 @@ def _columns_per_unit(name: str, reader: nn.Module, n: int, spatial: int) -> int
 def _entries_per_unit(name: str, norm: nn.Module, n: int, p: int, spatial: int) -> int:
     """Entries of a norm for each of n units with p columns each."""
     shape = norm_shape(norm)
-    of_features = kind(norm) in _FEATURE_NORMS
+    of_features = norm_kind(norm) in _FEATURE_NORMS
     if shape != (n,) and not (of_features and (shape == (n * p,) or (shape[0] == n and len(shape) == 1 + spatial))):
         size = shape[0] if len(shape) == 1 else shape
         raise ValueError(f"{label(name, norm)} normalises {size} features but the group has {n} units")
