@@ -69,7 +69,7 @@ def examine(library: str, name: str, note: Any, seconds_to_verify: float) -> Non
         layers=sum(kind(m) in LAYERS for m in model.modules()),
     )
     times = []
-    while len(times) < 2 or (len(times) < 6 and sum(times) < 2):
+    while len(times) < 3 or (len(times) < 9 and sum(times) < 0.5):
         times.append(timed(run, model, inputs)[0])
     note(forward_seconds=statistics.median(times[1:]), forward_megabytes=timed(run, model, inputs)[1])
     model = inputs = None
@@ -100,16 +100,16 @@ def examine(library: str, name: str, note: Any, seconds_to_verify: float) -> Non
         left_out=sum(kind(m) in LAYERS and n not in made_by for n, m in model.named_modules()),
         stage="verification",
     )
-    verdicts, start = {}, time.process_time()
+    verdicts, start = {}, time.thread_time()
     for group in groups:
-        if time.process_time() - start > seconds_to_verify:
+        if time.thread_time() - start > seconds_to_verify:
             break
         try:
             cbp_fast.verify_unit_group(model, group, inputs)
             verdicts[group.name] = "right"
         except Exception as error:
             verdicts[group.name] = f"{type(error).__name__}: {error}"[:300]
-        note(verdicts=verdicts, verification_seconds=time.process_time() - start)
+        note(verdicts=verdicts, verification_seconds=time.thread_time() - start)
     note(stage="done")
 
 
@@ -129,10 +129,11 @@ def timed(function: Any, *args: Any) -> tuple[float, float, Any]:
     # sets the greatest size so far to the size now
     Path("/proc/self/clear_refs").write_text("5")
     size = process_size("VmRSS")
-    # of the processor, which a busy machine does not lengthen
-    start = time.process_time()
+    # of the processor, which a busy machine does not lengthen; of the thread, because the process's has only ticks
+    # where CPU time is limited
+    start = time.thread_time()
     result = function(*args)
-    seconds = time.process_time() - start
+    seconds = time.thread_time() - start
     return seconds, process_size("VmHWM") - size, result
 
 
@@ -227,6 +228,17 @@ def differences(before: dict[str, tuple[str, Any]], after: dict[str, tuple[str, 
 
 
 # all of them
+
+
+def spread(libraries: Sequence[str]) -> list[tuple[str, str]]:
+    """All models, in an order of which every beginning is an even sample of each library, of large ones a smaller share."""
+    ranked = []
+    for library in libraries:
+        every = zoo_models.names(library)
+        # multiples of the golden ratio fall evenly
+        order = sorted(range(len(every)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)
+        ranked += [(rank / len(every) ** 0.5, library, every[i]) for rank, i in enumerate(order)]
+    return [(library, name) for _, library, name in sorted(ranked)]
 
 
 def start(library: str, name: str, path: Path, options: argparse.Namespace) -> int:
@@ -367,9 +379,9 @@ def table(rows: Sequence[Sequence[Any]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
 
 
-def report(records: Sequence[dict[str, Any]], versions: dict[str, str], remark: str) -> str:
+def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: dict[str, str], remark: str) -> str:
     columns = (
-        "library tried built|with groups|groups|units|layers left out|right|wrong|not shown|changed|crashes|"
+        "library tried of built|with groups|groups|units|layers left out|right|wrong|not shown|changed|crashes|"
         "blame the user|seconds median, worst|forwards median, worst|too slow|too large"
     )
     rows: list[list[Any]] = [[*columns.split("|")[0].split(), *columns.split("|")[1:]]]
@@ -383,6 +395,7 @@ def report(records: Sequence[dict[str, Any]], versions: dict[str, str], remark: 
             [
                 library,
                 len(own),
+                counts.get(library, sum(counts.values())),
                 len(built),
                 sum(r["groups"] > 0 for r in looked),
                 sum(r["groups"] for r in looked),
@@ -449,11 +462,10 @@ def main() -> None:
     parser.add_argument("--library", nargs="*", choices=zoo_models.LIBRARIES, default=list(zoo_models.LIBRARIES))
     parser.add_argument("--only", metavar="LIBRARY/NAME", help="look at this one, here, and print all that is known")
     parser.add_argument("--explain", action="store_true", help="with --only: print what explain() says too")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th model of a library")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--limit", type=float, default=60, help="seconds of CPU time for a model")
     parser.add_argument("--verify-seconds", type=float, default=20, help="after which no more groups are verified")
-    parser.add_argument("--total", type=float, default=0, help="seconds after which no more models are begun")
+    parser.add_argument("--total", type=float, default=0, help="seconds after which no more models are begun, of which those looked at are an even sample")
     parser.add_argument("--gigabytes", type=int, default=6, help="memory for a model")
     parser.add_argument("--out", type=Path, default=Path("build/zoo.jsonl"), help="records; those there are kept")
     parser.add_argument("--report", type=Path, help="write the tables there, and the records beside them")
@@ -474,10 +486,10 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     records = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
     had = {(r["library"], r["name"]) for r in records}
-    todo = []
     for library in options.library:
         prepare(library)
-        todo += [(library, name) for name in zoo_models.names(library)[:: options.every] if (library, name) not in had]
+    counts = {library: len(zoo_models.names(library)) for library in options.library}
+    todo = [model for model in spread(options.library) if model not in had]
     print(f"{len(todo)} models, {len(had)} in {options.out}", flush=True)
     run_all(todo, options)
     if options.report:
@@ -486,7 +498,7 @@ def main() -> None:
         records.sort(key=lambda r: (order.index(r["library"]), r["name"]))
         packages = ["torch", "torchvision", *(zoo_models.LIBRARIES[r].package for r in order)]
         versions = {"cbp_fast": cbp_fast.__version__, **{p: version(p) for p in packages}}
-        options.report.write_text(report(records, versions, options.remark))
+        options.report.write_text(report(records, counts, versions, options.remark))
         options.report.with_suffix(".json").write_text(
             "{" + f'"versions": {json.dumps(versions)},\n"models": [\n' + ",\n".join(map(json.dumps, records)) + "\n]}\n"
         )

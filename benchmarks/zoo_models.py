@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 # larger ones are not tried
 MAX_PARAMETERS = 40_000_000
-VOCABULARY, TOKENS, IMAGE = 120, 10, 32
+VOCABULARY, TOKENS, IMAGE = 128, 10, 32
 
 
 class Built(NamedTuple):
@@ -113,6 +113,7 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+_KEYS = r"(key_value|kv|k)_heads?$|num_heads_kv|n_head_kv|multi_query"
 # what numbers in a config become, by their names, at each of the levels of shrinking: the first pattern that fits
 _SMALL: list[tuple[str, int, int]] = [
     # pattern, largest value, last level at which it is made small
@@ -121,7 +122,7 @@ _SMALL: list[tuple[str, int, int]] = [
     (r"period|interval|freq$|every|_step$", 2, 1),
     (r"offset", 1, 0),
     (r"(^|_)(num_|n_)?(\w+_)?(layers?|blocks|depth)$|depths?$|layers_per_block|num_stages", 2, 3),
-    (r"(key_value|kv|k)_heads?$|num_heads_kv|n_head_kv|multi_query", 2, 1),
+    (_KEYS, 2, 1),
     (r"heads?$|_groups$", 4, 1),
     (r"head_dim|d_kv|d_head|rotary_dim|rope_dim|attention_head_size|head_size|qk_\w+dim|v_\w+dim", 8, 1),
     (r"rank$", 8, 1),
@@ -191,12 +192,13 @@ def small_config(config_class: Any, level: int, given: Any = None) -> Any:
     names = [p for p in inspect.signature(config_class.__init__).parameters if p not in ("self", "kwargs", "args")]
     names += [n for n in vars(default) if n not in names and isinstance(getattr(default, n), PreTrainedConfig)]
     changed: dict[str, Any] = {}
-    layers = {v for n in names if type(v := getattr(default, n, None)) is int and small_int("layers", v, 0) != v}
+    layers = {v for k, v in vars(default).items() if type(v) is int and "layer" in k}
     tokens = itertools.count(1)
     for name in names:
         try:
             value = getattr(default, name)
-        except AttributeError:
+        except (AttributeError, RuntimeError):
+            # one of those that differ from layer to layer, among others
             continue
         if isinstance(value, PreTrainedConfig):
             changed[name] = small_config(type(value), level, value).to_dict()
@@ -206,6 +208,9 @@ def small_config(config_class: Any, level: int, given: Any = None) -> Any:
                 changed[name] = value if value < 0 else new
             else:
                 changed[name] = small_int(name, value, level)
+                if re.search(_KEYS, name) and level <= 1:
+                    heads = getattr(default, name.replace("key_value", "attention"), 0)
+                    changed[name] = min(value, 2 if value < heads else 4)
         elif isinstance(value, (list, tuple)):
             new = small_list(name, value, level)
             if "layer" in name and len(value) in layers and level <= 3:
@@ -213,7 +218,7 @@ def small_config(config_class: Any, level: int, given: Any = None) -> Any:
             changed[name] = new
         elif isinstance(value, dict) and "mrope_section" in value and level <= 1:
             changed[name] = {**value, "mrope_section": [2, 1, 1]}
-    changed = {k: v for k, v in changed.items() if v != getattr(default, k)}
+    changed = {k: v for k, v in changed.items() if v != vars(default).get(k)}
     if given is not None:
         # what was not the class's own default stays
         kept = {k: v for k, v in given.to_dict().items() if k in names and k not in changed}
@@ -312,7 +317,7 @@ def _transformers_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
             continue
         done.append(keys)
         for values in itertools.islice(itertools.product(*(known[k] for k in keys)), 6):
-            inputs = dict(zip(keys, values, strict=True))
+            inputs = dict(zip(keys, values, strict=True)) | ({"use_cache": False} if "use_cache" in takes else {})
             if "pixel_values" in keys and "input_ids" in keys:
                 # as many places for the image as it has features
                 token = _find(config, "image_token_id", "image_token_index")
