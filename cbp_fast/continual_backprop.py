@@ -21,7 +21,7 @@ from .dtensors import is_dtensor
 from .engine import Engine, Rates, check_hyper, check_options, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
-from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, resolve
+from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, own_tensors, resolve, shared_memory
 
 
 class _Recorder:
@@ -259,7 +259,8 @@ class ContinualBackprop(Rates, Joinable):
         if isinstance(groups, UnitGroup):
             groups = [groups]
         found = find_unit_groups(self._model, example_inputs) if groups is None else list(groups)
-        every = _in_forward_order([resolve(self._model, group) for group in found])
+        tied = shared_memory(own_tensors(self._model))
+        every = _in_forward_order([resolve(self._model, group, tied) for group in found])
         if not every:
             why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
             raise ValueError(f"the model has no unit group to work on:\n{why}")

@@ -175,9 +175,10 @@ def _discover(
                     f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
                 ) from error
             candidates = _candidates(model, trace)
+    unreached = [] if unreached_ok else _unreached(model, trace)
     for candidate in candidates:
-        if not candidate.reason and not unreached_ok:
-            candidate.reason = _unreached(model, trace, candidate)
+        if not candidate.reason:
+            candidate.reason = _may_share(unreached, candidate)
         if not candidate.reason and candidate.coupled and not include_coupled:
             candidate.reason = (
                 "several layers add into its units, and readers see different sums (a residual stream, or a shared "
@@ -435,7 +436,9 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     reason = facts.reasons[refusal] if refusal < len(facts.reasons) else ""
     candidate.reason = _forbidden(trace, places, touched)
     if not candidate.reason and reason.startswith("part of"):
-        reason = ("its units are " if places["read"] else "it makes ") + (reason if places["read"] else reason[8:])
+        path = reason.removeprefix("part of the model's output").strip()
+        way_out = f"; ignore_outputs={path!r} if nothing is trained on it" if path else ""
+        reason = f"its units are {reason}{way_out}" if places["read"] else f"it makes {reason[8:]}"
     candidate.reason = candidate.reason or reason
     if not candidate.reason and not places["read"]:
         candidate.reason = "no layer reads it"
@@ -528,11 +531,11 @@ def _write(
         name = f"{name}:{int(at.min())}-{int(at.max())}"
     group = UnitGroup(name, incoming, outgoing, norms, n)
     try:
-        resolved = resolve(model, group)
+        resolved = resolve(model, group, trace.tied)
         short = resolved.unit_group()
         candidate.group, candidate.resolved = group, resolved
         with contextlib.suppress(TypeError, ValueError):
-            if replace(resolve(model, short)) == resolved:
+            if replace(resolve(model, short, trace.tied)) == resolved:
                 candidate.group = short
     except (TypeError, ValueError) as error:
         candidate.reason = str(error).removeprefix(f"unit group '{name}': ")
@@ -567,18 +570,26 @@ def _fit(at: Tensor, split: bool) -> list[tuple[int, int, int, int]] | None:
     return None if None in parts else [block for part in parts for block in part or ()]
 
 
-def _unreached(model: nn.Module, trace: Trace, candidate: _Candidate) -> str:
-    """A layer that no forward reached, and that may make or read the units of a group."""
+def _unreached(model: nn.Module, trace: Trace) -> list[tuple[str, set[int]]]:
+    """The modules with parameters that no forward reached, and the sizes along which each may touch units."""
+    modules = (
+        (n, m, [f"{n}.{k}" if n else k for k, p in m._parameters.items() if p is not None])
+        for n, m in model.named_modules()
+    )
+    return [(label(n, m), set(_widths(m))) for n, m, own in modules if own and not trace.seen.intersection(own)]
+
+
+def _may_share(unreached: Sequence[tuple[str, set[int]]], candidate: _Candidate) -> str:
+    """That a layer which no forward reached may make or read the units of a group, or an empty string."""
     group = candidate.resolved
     assert group is not None
     sizes = {group.num_units, group.num_units * group.columns_per_unit}
     sizes |= {read_width(member.module) for member in group.outgoing}
-    for name, module in model.named_modules():
-        own = [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None]
-        if own and not trace.seen.intersection(own) and sizes & set(_widths(module)):
+    for name, widths in unreached:
+        if sizes & widths:
             return (
-                f"{label(name, module)} is not reached but has its width, and may share its units elsewhere: give "
-                "example_inputs that reach it too, or unreached_ok=True"
+                f"{name} is not reached but has its width, and may share its units elsewhere: give example_inputs that "
+                "reach it too, or unreached_ok=True"
             )
     return ""
 

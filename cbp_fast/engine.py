@@ -680,7 +680,9 @@ def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     if len(names) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in names.items())
         raise ValueError(f"the groups lie on several devices ({places}); attach one object to each part of the model")
-    return next(iter(names))
+    device = next(iter(names))
+    # of weights that are still to come the state is there already
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
+import struct
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from .distributed import several_processes
+from .dtensors import local
 from .engine import Engine, Rates, is_observed, step_together
 from .optimizer_state import inside_step, skipped
 from .rules import Rule
@@ -28,7 +31,10 @@ _layers: list[weakref.ref[_CBPLayer]] = []
 _seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+# what messages call a layer by, as it does not know its name in the model
 _numbers = itertools.count(1)
+# this many weights of a layer tell it from others
+_TOLD_BY = 256
 # torch's hook for all optimizers, while there are layers
 _hook: RemovableHandle | None = None
 
@@ -53,15 +59,18 @@ def _forget(ref: weakref.ref[_CBPLayer]) -> None:
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """One step of all layers for which this was the last of the optimizers that train their tensors."""
+    if is_compiling():
+        # a step belongs into no graph
+        return torch.compiler.disable(_after_optimizer_step)(optimizer, args, kwargs)
     # a tuple, because layers may go at any moment
     layers = [layer for ref in tuple(_layers) if (layer := ref()) is not None]
     if not layers or skipped(optimizer):
         return
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     ready: list[_CBPLayer] = []
+    layers = [la for la in layers if any(id(region.ref.get()) in trained for region in la._engine.state.regions)]
+    _tell_apart(layers)
     for layer in layers:
-        if not any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
-            continue
         _seen.setdefault(layer, weakref.WeakSet()).add(optimizer)
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
         known = optimizer in trainers
@@ -79,9 +88,43 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_together([layer._engine for layer in ready], list(optimizers.values()))
 
 
+def _tell_apart(layers: list[_CBPLayer]) -> None:
+    """Give layers that step together, and were made of equal weights or copied, seeds of their own.
+
+    Not where they are made, because there a second layer of a model looks like the first of the same model made again.
+    """
+    if not any(layer._may_reseed for layer in layers):
+        return
+    taken: set[int] = set()
+    # first those whose seed stays
+    for layer in sorted(layers, key=lambda layer: layer._may_reseed):
+        seed = layer._engine.state.seed
+        while layer._may_reseed and int(seed) in taken:
+            seed.add_(1)
+        taken.add(int(seed))
+        layer._may_reseed = False
+
+
+def _seed_of(layers: Mapping[str, nn.Module | None]) -> int:
+    """A seed that the same program finds again, from that of PyTorch and what the two layers hold.
+
+    No state of a generator is in it, as none is advanced by making these layers; and no count of layers, which goes on
+    from one run to the next in a process.
+    """
+    digest = hashlib.sha256(struct.pack("Q", torch.initial_seed() % 2**64))
+    for name in ("in_layer", "out_layer"):
+        weight = local(cast(nn.Module, layers[name]).get_parameter("weight").detach())
+        if not weight.is_meta:
+            some = weight.flatten()[:: -(-weight.numel() // _TOLD_BY) or 1].double().tolist()
+            digest.update(struct.pack(f"{len(some)}d", *some))
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
 class _CBPLayer(Rates, nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
+    # whether its seed may change in its first step; not that of a layer from a file without the word
+    _may_reseed = False
     # what in_layer and out_layer may be
     _kinds: tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], ...]]
 
@@ -95,6 +138,7 @@ class _CBPLayer(Rates, nn.Module):
         act_type: str,
         util_type: str,
         decay_rate: float,
+        seed: int | None,
     ) -> None:
         super().__init__()
         for name, kinds in zip(("in_layer", "out_layer"), self._kinds, strict=True):
@@ -112,17 +156,21 @@ class _CBPLayer(Rates, nn.Module):
                 f"num_last_filter_outputs is {num_last_filter_outputs}, but out_layer reads "
                 f"{resolved.columns_per_unit} columns of each unit"
             )
-        # a layer does not know its name in the model, so its number among all layers makes its random stream its own
-        number = next(_numbers)
-        seed = (torch.initial_seed() + number * 0x9E3779B97F4A7C15) % 2**64
+        self._may_reseed = seed is None
         rates = {
             "replacement_rate": replacement_rate,
             "maturity_threshold": maturity_threshold,
             "decay_rate": decay_rate,
         }
-        label = f"{type(self).__name__} number {number}, from {layers['in_layer']} to {layers['out_layer']}"
+        label = f"{type(self).__name__} number {next(_numbers)}, from {layers['in_layer']} to {layers['out_layer']}"
         # an Engine is no Module, so the layers it refers to are not listed a second time in the model's parameters
-        self._engine = self._make(Rule.gnt(utility=util_type, init=init, act=act_type), [resolved], rates, seed, label)
+        self._engine = self._make(
+            Rule.gnt(utility=util_type, init=init, act=act_type),
+            [resolved],
+            rates,
+            _seed_of(layers) if seed is None else seed,
+            label,
+        )
         self._known = 0
 
     @property
@@ -152,14 +200,22 @@ class _CBPLayer(Rates, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, and observe it while training."""
+        # what a model is exported or traced to has nothing of this
+        if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return x
         if self.training and torch.is_grad_enabled() and is_observed():
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__} was given a {type(x).__name__}, must be a tensor; torch.fx would lose it: "
+                    "trace model.eval(), or with a Tracer for which it is a leaf"
+                )
             if is_compiling():
                 self._join()
             # a copy of a layer has the number of its original, and is known from its own first forward on; what was
             # compiled for the original has this as its guard, and does not serve the copy
             if self._known != id(self):
                 self._join()
-            engine = self._current()
+            engine = self._engine if is_compiling() else self._current()
             flattened = engine.state.slots[0].spatial == 0 and engine.state.layouts[0].columns_per_unit > 1
             engine.record(0, x.flatten(1) if flattened else x)
         return x
@@ -171,6 +227,8 @@ class _CBPLayer(Rates, nn.Module):
                 f"{type(self).__name__} works in one process; attach a ContinualBackprop instead, which keeps "
                 "several processes alike"
             )
+        # nothing is made anew in a graph
+        self._current()
         if self._known != id(self):
             self._known = id(self)
             _observe(self)
@@ -197,41 +255,52 @@ class _CBPLayer(Rates, nn.Module):
             loaded = _with_integers(torch.load(file, map_location="cpu", weights_only=True))
         else:
             loaded = state
-        self._current().load_state_dict(loaded)
+        engine = self._current()
+        engine.load_state_dict(loaded)
+        self._may_reseed &= not int(engine.state.step)
 
     @staticmethod
     def _make(
         rule: Rule, groups: list[ResolvedGroup], rates: Mapping[str, float], seed: int | None, label: str
     ) -> Engine:
-        return Engine(
-            rule,
-            groups,
-            replacement_rate=rates["replacement_rate"],
-            maturity_threshold=rates["maturity_threshold"],
-            decay_rate=rates["decay_rate"],
-            backend=None,
-            capture="auto",
-            seed=seed,
-            layer=label,
-        )
+        # wherever it is made, it is used in training
+        with torch.inference_mode(False), torch.device("cpu"):
+            return Engine(
+                rule,
+                groups,
+                replacement_rate=rates["replacement_rate"],
+                maturity_threshold=rates["maturity_threshold"],
+                decay_rate=rates["decay_rate"],
+                backend=None,
+                capture="auto",
+                seed=seed,
+                layer=label,
+            )
 
     def _current(self) -> Engine:
         """The engine, made anew if the model was converted to another type since."""
         old = self._engine
         ref = old.state.regions[0].ref
         tensor = ref.get()
-        if tensor is not None and tensor.dtype != ref.dtype:
-            self._engine = self._make(old.state.rule, old.groups, old.hyper, None, old.layer)
-            self._engine.adopt(old)
+        if tensor is not None:
+            # weights that were on no device, or loaded with assign=True
+            self._follow(tensor.device)
+            if tensor.dtype != ref.dtype:
+                self._engine = self._make(old.state.rule, old.groups, old.hyper, None, old.layer)
+                self._engine.adopt(old)
         return self._engine
+
+    def _follow(self, device: torch.device) -> None:
+        if device.type == "meta" or device == self._engine.state.buffer.device:
+            return
+        with torch.inference_mode(False), torch.device("cpu"):
+            self._engine.to(device)
+        # an optimizer that does not step again leaves its state where it is
+        _seen.pop(self, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # the state follows the model from device to device; to another type when it is next used
-        device = fn(torch.empty(0, device=self._engine.state.buffer.device)).device
-        if device != self._engine.state.buffer.device:
-            self._engine.to(device)
-            # an optimizer that does not step again leaves its state where it is
-            _seen.pop(self, None)
+        self._follow(fn(torch.empty(0, device=self._engine.state.buffer.device)).device)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -285,6 +354,10 @@ class CBPLinear(_CBPLayer):
         act_type: activation whose gain `init` uses.
         util_type: a utility of `Rule.gnt`.
         decay_rate: of the running utility; 0 uses the present one.
+        seed: of new weights, 64 bits; layers of one seed draw alike. None: from `torch.initial_seed()` and the weights
+            that the two layers have, so that the same program draws the same numbers whenever it runs; layers whose
+            weights are equal, such as copies, part with the first step that they take together. The global generators
+            are not used, and a loaded `state_dict` brings its own seed.
 
     Raises:
         TypeError, ValueError: layers of another kind or of widths that do not fit, numbers out of range.
@@ -309,9 +382,12 @@ class CBPLinear(_CBPLayer):
         act_type: str = "relu",
         util_type: str = "contribution",
         decay_rate: float = 0.0,
+        seed: int | None = None,
     ) -> None:
         layers = {"in_layer": in_layer, "out_layer": out_layer, "ln_layer": ln_layer, "bn_layer": bn_layer}
-        super().__init__(layers, None, replacement_rate, maturity_threshold, init, act_type, util_type, decay_rate)
+        super().__init__(
+            layers, None, replacement_rate, maturity_threshold, init, act_type, util_type, decay_rate, seed
+        )
 
 
 class CBPConv(_CBPLayer):
@@ -330,6 +406,7 @@ class CBPConv(_CBPLayer):
         act_type: activation whose gain `init` uses.
         util_type: a utility of `Rule.gnt`.
         decay_rate: of the running utility; 0 uses the present one.
+        seed: as of `CBPLinear`.
 
     Raises:
         TypeError, ValueError: layers of another kind or of widths that do not fit, numbers out of range.
@@ -350,6 +427,7 @@ class CBPConv(_CBPLayer):
         act_type: str = "relu",
         util_type: str = "contribution",
         decay_rate: float = 0.0,
+        seed: int | None = None,
     ) -> None:
         layers = {"in_layer": in_layer, "out_layer": out_layer, "ln_layer": ln_layer, "bn_layer": bn_layer}
         super().__init__(
@@ -361,4 +439,5 @@ class CBPConv(_CBPLayer):
             act_type,
             util_type,
             decay_rate,
+            seed,
         )

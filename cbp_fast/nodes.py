@@ -1,9 +1,9 @@
 """Sets of the units that activations are made of: the table that :mod:`.provenance` writes and reads.
 
-A node is a set of leaves. A leaf is one unit, a parameter, a mix of many units (a sum over features), data that no
-unit makes, or ONE, which says that the value is not zero where its units are. A value without data, parameters or ONE
-is zero where its units are, and so is its product with anything: that a unit gates data, so that the column is the
-unit's alone, is told from this.
+A node is a set of leaves. A leaf is one unit, a parameter, a mix of many units (a sum over features), DATA that no unit
+makes, RANDOM numbers, or ONE, which says that the value is not zero where its units are. A value of units and mixes
+alone is zero where its units are, and so is its product with anything: that a unit gates data, so that the column is
+the unit's alone, is told from this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-DATA, ONE = 1, 2
+DATA, ONE, RANDOM = 1, 2, 3
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 # leaves up to which a set of them is kept by itself, so that equal sets are one node
 _FEW = 48
@@ -96,12 +96,12 @@ class Nodes:
         self._sets: dict[int, int] = {}
         self._mix_of: dict[int, int] = {}
         self._add(1)
-        for name in ("", ""):
-            self._leaf(Source(name, None, self.size, 1))
+        for _ in range(RANDOM):
+            self._leaf(Source("", None, self.size, 1))
 
     left = property(lambda self: self._table[0], doc="First child of a large set, else 0; int64.")
     right = property(lambda self: self._table[1], doc="Second child of a large set, int64.")
-    bare = property(lambda self: self._table[2], doc="The node without data, parameters and ONE, int64.")
+    bare = property(lambda self: self._table[2], doc="The node of its units and mixes alone, int64.")
     origin = property(lambda self: self._table[3], doc="Number of a unit's source, of a mix -1 - its number, int64.")
     mix = property(lambda self: self._table[4], doc="1 + the number of a mix, else 0; int64.")
 
@@ -259,7 +259,7 @@ class Nodes:
         return ids
 
     def stripped(self, ids: Tensor, where: Tensor) -> Tensor:
-        """Ids, less data, parameters and ONE in some places."""
+        """Ids, of which nothing but units and mixes is left in some places."""
         return torch.where(where, self.bare[ids], ids)
 
     def product(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:

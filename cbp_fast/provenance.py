@@ -7,6 +7,7 @@ for, and units in any other are refused.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -22,9 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .nodes import BASE, DATA, ONE, Nodes, kinds_of, narrow, same_along
+from .nodes import BASE, DATA, ONE, RANDOM, Nodes, kinds_of, narrow, same_along
 from .running import Preserving, storage_key
-from .unit_groups import label, norm_kind, norm_shape
+from .unit_groups import label, norm_kind, norm_shape, own_tensors, shared_memory
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)
@@ -75,11 +76,29 @@ class _Shadow(NamedTuple):
     itemsize: int
 
 
+class _Schema(NamedTuple):
+    """What a rule asks of an operation, which takes long to ask of torch."""
+
+    op: str  # its name without an overload, and without the underscore of an in-place one
+    name: str
+    names: tuple[str, ...]
+    outs: frozenset[str]  # arguments that are only written, as `out=`
+    mutable: bool
+    tags: frozenset[torch.Tag]
+
+
+@functools.cache
+def _schema_of(func: torch._ops.OpOverload) -> _Schema:
+    name, arguments = func._overloadpacket.__name__, func._schema.arguments
+    outs = (a.name for a in arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write)
+    names = tuple(a.name for a in arguments)
+    return _Schema(name.rstrip("_"), name, names, frozenset(outs), func._schema.is_mutable, frozenset(func.tags))
+
+
 class _Call:
     """One operation with its arguments, which a rule takes one by one; `left` are those that it did not.
 
     Attributes:
-        op: its name without an overload, and without the underscore of an in-place one.
         given: arguments by their names in the schema.
         tensors: those that are read, with the name of their argument; what `out=` gives is not.
     """
@@ -87,16 +106,24 @@ class _Call:
     def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.plain = isinstance(func, torch._ops.OpOverload)
-        self.op = (func._overloadpacket.__name__ if self.plain else str(func)).rstrip("_")
-        self.tags = func.tags if self.plain else ()
-        self.given: dict[str, Any] = {"arguments": (args, kwargs)}
-        self.mutable = self.plain and func._schema.is_mutable
         if self.plain:
-            schema = func._schema.arguments
-            self.given = {a.name: v for a, v in zip(schema, args, strict=False)} | kwargs
-            outs = {a.name for a in schema if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write}
-            self.given = {name: value for name, value in self.given.items() if name not in outs}
-        self.tensors = [(k, t) for k, v in self.given.items() for t in tree_leaves(v) if isinstance(t, Tensor)]
+            self.op, self.name, names, self.outs, self.mutable, self.tags = _schema_of(func)
+            self.given = dict(zip(names, args, strict=False))
+            self.given.update((k, v) for k, v in kwargs.items() if k not in self.outs)
+        else:
+            self.op = self.name = str(func)
+            self.given, self.outs, self.mutable, self.tags = (
+                {"arguments": (args, kwargs)},
+                frozenset(),
+                False,
+                frozenset(),
+            )
+        self.tensors: list[tuple[str, Tensor]] = []
+        for key, value in self.given.items():
+            if isinstance(value, Tensor):
+                self.tensors.append((key, value))
+            elif isinstance(value, (list, tuple)):
+                self.tensors += [(key, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
         self.left = list(self.tensors)
 
     def __getitem__(self, name: str) -> Any:
@@ -140,7 +167,7 @@ class Trace(Preserving):
         self.used_by: dict[str, str] = {}
         self.branches: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
-        self.tied: dict[str, str] = {}
+        self.tied = shared_memory(own_tensors(model))
         self.statistics = False
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
@@ -155,11 +182,7 @@ class Trace(Preserving):
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.numel():
                     name = _join(prefix, key)
-                    own = bytes_of(tensor)
-                    for theirs, first, other in self._parameters[storage_key(tensor)]:
-                        if (other is not tensor or first != name) and overlap(own, theirs):
-                            self.tied |= {first: name, name: first}
-                    self._parameters[storage_key(tensor)].append((own, name, tensor))
+                    self._parameters[storage_key(tensor)].append((_bytes_of(tensor), name, tensor))
                     self.owners.setdefault(name, (prefix, module))
 
     def watch(self) -> list[RemovableHandle]:
@@ -186,8 +209,7 @@ class Trace(Preserving):
         with _disable_current_modes(), torch.no_grad():
             call = _Call(func, args, kwargs)
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
-            name = func._overloadpacket.__name__ if call.plain else str(func)
-            self._why = f"{name} in {at}"
+            self._why = f"{call.name} in {at}"
             self._follow(call, out)
             self._say_where(at)
         return out
@@ -303,8 +325,9 @@ class Trace(Preserving):
         entries = self._parameters.get(storage_key(tensor))
         if not entries:
             return None
-        own = bytes_of(tensor)
-        return next(((name, whole) for theirs, name, whole in entries if overlap(own, theirs)), None)
+        own = _bytes_of(tensor)
+        # neighbours in one storage share nothing
+        return next(((name, t) for r, name, t in entries if r.start < own.stop and own.start < r.stop), None)
 
     def _record(self, role: str, layer: Any, ids: Tensor, axis: int) -> None:
         n = ids.shape[axis]
@@ -332,7 +355,7 @@ class Trace(Preserving):
             entry = self.parameter(first)
             if entry and first.shape == entry[1].shape:
                 # autocast's copy of a weight
-                self._parameters[storage_key(outs[0])] = [(bytes_of(outs[0]), *entry)]
+                self._parameters[storage_key(outs[0])] = [(_bytes_of(outs[0]), *entry)]
                 self._kept.append(outs[0])
                 return
         results = self._results(call, outs)
@@ -370,12 +393,14 @@ class Trace(Preserving):
             return [self._norm(call), *itertools.repeat(self._everything(call), len(outs) - 1)]
         if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[f"a value read by Python ({self._why})"] = None
-        draws = op in _DRAWS and call.mutable
-        if (draws or _FRESH.match(op)) and len(call.tensors) == 1:
+        seeded = torch.Tag.nondeterministic_seeded in call.tags
+        # an operation that takes nothing but the shape
+        fresh = len(call.tensors) == 1 and (bool(_FRESH.match(op)) or (seeded and call.mutable and op in _DRAWS))
+        if fresh or (seeded and all(self.ids(t) is None for _, t in call.tensors)):
             for tensor in call.take():
-                if not _NO_USE.match(op):
-                    self._use(op, self.parameter(tensor))
-            return []
+                self._use(op, self.parameter(tensor))
+            # what an index of them chooses is another thing each time
+            return [torch.tensor(RANDOM, device="cpu")] * len(outs) if seeded else []
         tracked = {name for name, t in call.tensors if self.ids(t) is not None}
         if not tracked:
             taken = call.take()
@@ -466,7 +491,7 @@ class Trace(Preserving):
             call.take()
             return []
         if outs and (torch.Tag.pointwise in call.tags or op in _POINTWISE):
-            return [self._pointwise(call, outs[0])]
+            return [self._pointwise(call, outs[0])] * len(outs)
         taken = [i for t in call.take() if (i := self.ids(t)) is not None]
         for ids in taken:
             self.refuse(ids, f"{self._why} has no rule")
@@ -474,7 +499,7 @@ class Trace(Preserving):
             self._use(op, self.parameter(tensor))
         kinds = torch.unique(torch.cat([kinds_of(i) for i in taken]))
         _, leaf = nodes.leaves(kinds)
-        known = leaf[(leaf != DATA) & (leaf != ONE)]
+        known = leaf[leaf > RANDOM]
         if len(known) and not nodes.bare[known].any() and not (leaf == DATA).any():
             # of parameters alone: still no data
             return [known[0]] * len(outs)
@@ -543,13 +568,9 @@ class Trace(Preserving):
             args, kwargs = tree_map(
                 lambda v: stand_ins.get(id(v), v) if isinstance(v, Tensor) else v, (call.args, call.kwargs)
             )
-            kwargs = {
-                k: v for k, v in kwargs.items() if not isinstance(v, Tensor) or any(v is t for t in stand_ins.values())
-            }
+            kwargs = {k: v for k, v in kwargs.items() if k not in call.outs}
             try:
-                packet = call.func
-                if call.mutable and any(a.kwarg_only and a.alias_info for a in call.func._schema.arguments):
-                    packet = call.func._overloadpacket
+                packet = call.func._overloadpacket if call.outs else call.func
                 result = tree_leaves(packet(*args, **kwargs))[0]
                 self._probed[key] = not bool(result.ne(0).any())
             except Exception:  # an operation may refuse what it is tried on
@@ -582,7 +603,7 @@ class Trace(Preserving):
 
     def _matmul(self, call: _Call, out: Tensor) -> Tensor | None:
         op, nodes = call.op, self.nodes
-        names = [a.name for a in call.func._schema.arguments][op in _SUMMING :][:2]
+        names = _schema_of(call.func).names[op in _SUMMING :][:2]
         first, second = (call[name] for name in names)
         entries = self.parameter(first), self.parameter(second)
         weights = [e if e and e[1].dim() > 1 else None for e in entries]
@@ -619,7 +640,7 @@ class Trace(Preserving):
     def _is_computed(self, ids: Tensor) -> bool:
         """Whether a tensor is made of parameters alone."""
         _, leaf = self.nodes.leaves(kinds_of(ids))
-        return bool((leaf > ONE).any()) and not bool(self.nodes.bare[leaf].any()) and not bool((leaf == DATA).any())
+        return bool((leaf > RANDOM).any()) and not bool(self.nodes.bare[leaf].any()) and not bool((leaf == DATA).any())
 
     def _with_bias(self, call: _Call, bias: Any, made: Tensor | None) -> Tensor | None:
         """The ids of a layer's result with its summand: its own bias adds none."""
@@ -805,7 +826,7 @@ class Trace(Preserving):
         if op in ("cat", "stack"):
             return self._side_by_side(call, [ids_of(t) for t in call.args[0]], outs[0])
         args, kwargs = (call.args[:2], {}) if op == "constant_pad_nd" else (call.args, dict(call.kwargs))
-        args, kwargs = tree_map(ids_of, (args, {k: v for k, v in kwargs.items() if k != "out"}))
+        args, kwargs = tree_map(ids_of, (args, {k: v for k, v in kwargs.items() if k not in call.outs}))
         if by_data or op == "index_put":
             return self._move_by_index(call, args, kwargs, by_data)
         ids = _on_ids(call.func, args, kwargs)
@@ -947,16 +968,11 @@ def _join(owner: str, key: str) -> str:
     return f"{owner}.{key}" if owner else key
 
 
-def bytes_of(tensor: Tensor) -> range:
+def _bytes_of(tensor: Tensor) -> range:
     """The bytes of its storage that a tensor reaches."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first, size = tensor.storage_offset(), tensor.element_size()
     return range(first * size, (first + last + 1) * size)
-
-
-def overlap(a: range, b: range) -> bool:
-    """Whether two ranges share a byte."""
-    return a.start < b.stop and b.start < a.stop
 
 
 def _axis_of(weight: Tensor, parameter: Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .dtensors import is_dtensor
 
@@ -17,6 +19,11 @@ from .dtensors import is_dtensor
 _HF_CONV1D = "transformers.Conv1D"
 LAYERS = {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
 LAYERS |= {"ConvTranspose1d": 1, "ConvTranspose2d": 2, "ConvTranspose3d": 3, "Embedding": 0, _HF_CONV1D: 0}
+# layers of other packages, not imported, since few have them; transformers' is linear with a weight [in, out]
+_FOREIGN = {
+    ("transformers.pytorch_utils", "Conv1D"): _HF_CONV1D,
+    ("torch_geometric.nn.dense.linear", "Linear"): "Linear",
+}
 _FEATURE_NORMS = ("LayerNorm", "RMSNorm")
 NORMS = (
     *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
@@ -127,36 +134,55 @@ class ResolvedGroup:
     preceding: tuple[Member, ...] = ()
 
     def unit_group(self) -> UnitGroup:
-        """The group by names."""
-        parts: list[list[str | Part]] = []
-        for members in (self.incoming, self.outgoing, self.norms):
-            parts.append([])
+        """The group by names, which :func:`resolve` resolves to this one: a `Part` where a name would mean another."""
+        n, p = self.num_units, self.columns_per_unit
+        spatial = min(spatial_axes(member.module) for member in self.incoming)
+
+        def written(members: Sequence[Member], per_unit: Callable[[str, nn.Module], int]) -> list[str | Part]:
+            modules = [member.module for member in members]
+            parts: list[str | Part] = []
             for name, module, block in members:
-                width = (make_width, read_width, lambda norm: norm_shape(norm)[0])[len(parts) - 1](module)
-                start, unit_stride, per_unit, position_stride = block
-                whole = block == (0, per_unit, per_unit, 1) and width == self.num_units * per_unit
-                parts[-1].append(name if whole else Part(name, start, per_unit, unit_stride, position_stride))
-        named = any(isinstance(part, str) for part in parts[0])
-        incoming, outgoing, norms = parts
-        return UnitGroup(self.name, incoming, outgoing, norms, None if named else self.num_units)
+                whole = modules.count(module) == 1 and block == (0, block.per_unit, block.per_unit, 1)
+                with contextlib.suppress(ValueError):
+                    if whole and per_unit(name, module) == block.per_unit:
+                        parts.append(name)
+                        continue
+                start, unit_stride, each, position_stride = block
+                parts.append(Part(name, start, each, unit_stride, position_stride))
+            return parts
+
+        def rows(name: str, layer: nn.Module) -> int:
+            return _rows_per_unit(name, layer, n, name)
+
+        incoming = written(self.incoming, rows)
+        named = [m.module for m, part in zip(self.incoming, incoming, strict=True) if isinstance(part, str)]
+        if named and make_width(min(named, key=is_depthwise)) != n:
+            # they would make other units, as a depthwise convolution with several rows for each by itself does
+            incoming = written(self.incoming, lambda *_: 0)
+        outgoing = written(self.outgoing, lambda name, layer: _columns_per_unit(name, layer, n, spatial))
+        norms = written(self.norms, lambda name, norm: _entries_per_unit(name, norm, n, p, spatial))
+        has_name = any(isinstance(part, str) for part in incoming)
+        return UnitGroup(self.name, incoming, outgoing, norms, None if has_name else n)
 
 
-def resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
+def resolve(model: nn.Module, group: UnitGroup, tied: dict[str, str] | None = None) -> ResolvedGroup:
     """Looks up the modules of a unit group and checks that they fit together.
 
     Args:
         model: The model that holds the layers.
         group: A group, found or given by hand.
+        tied: What :func:`shared_memory` says of the model's :func:`own_tensors`, for whoever asks about many groups.
 
     Raises:
         TypeError: If a layer is of a kind that is not supported in its role.
-        ValueError: If a layer is not in the model, is frozen, tied, lazy or computed, or if widths do not match.
+        ValueError: If a layer is not in the model, is frozen, lazy or computed, shares its memory with another one,
+            is an embedding with a padding row or a norm to keep, or if widths do not match.
     """
     if not isinstance(group, UnitGroup):
         raise TypeError(f"a unit group must be a UnitGroup, not {type(group).__name__}")
     check_model(model)
     try:
-        return _resolve(model, group)
+        return _resolve(model, group, shared_memory(own_tensors(model)) if tied is None else tied)
     except (TypeError, ValueError) as error:
         raise type(error)(f"unit group '{group.name}': {error}") from None
 
@@ -207,9 +233,9 @@ def kind(module: nn.Module) -> str:
         name: str = cls.__name__
         if getattr(nn, name, None) is cls and getattr(cls, "forward", None) is forward:
             return name.removeprefix("Lazy")
-        # a linear layer whose weight is [in, out]; not imported, since few have it
-        if (cls.__module__, name) == ("transformers.pytorch_utils", "Conv1D") and vars(cls).get("forward") is forward:
-            return _HF_CONV1D
+        foreign = _FOREIGN.get((cls.__module__, name))
+        if foreign and vars(cls).get("forward") is forward:
+            return foreign
     return ""
 
 
@@ -219,7 +245,7 @@ def norm_kind(module: nn.Module | None) -> str:
     return next((name for name in names if name in NORMS), "")
 
 
-def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
+def _resolve(model: nn.Module, group: UnitGroup, tied: dict[str, str]) -> ResolvedGroup:
     names = {module: name for name, module in model.named_modules()}
     members = {
         role: [(part, _look_up(model, names, part.layer if isinstance(part, Part) else part)) for part in parts]
@@ -243,7 +269,7 @@ def _resolve(model: nn.Module, group: UnitGroup) -> ResolvedGroup:
                     )
             else:
                 _check_layer(name, module, role)
-            _check_parameters(name, module, names)
+            _check_parameters(name, module, tied)
             if role != "norms" and not cast(torch.Tensor, module.weight).numel():
                 raise ValueError(f"{label(name, module)} has a weight without elements")
 
@@ -328,11 +354,12 @@ def _look_up(model: nn.Module, names: dict[nn.Module, str], layer: str | nn.Modu
         return layer
     if not isinstance(layer, str):
         raise TypeError(f"a layer must be given as a module or its name, not as {type(layer).__name__}")
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if layer not in modules:
-        close = difflib.get_close_matches(layer, modules, n=1)
-        raise ValueError(f"the model has no module '{layer}'" + (f"; did you mean '{close[0]}'?" if close else ""))
-    return modules[layer]
+    try:
+        return model.get_submodule(layer)
+    except AttributeError:
+        close = difflib.get_close_matches(layer, [name for name, _ in model.named_modules()], n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"the model has no module '{layer}'{hint}") from None
 
 
 def _check_layer(name: str, module: nn.Module, role: str) -> None:
@@ -341,14 +368,17 @@ def _check_layer(name: str, module: nn.Module, role: str) -> None:
         raise TypeError(f"{label(name, module)} reads indices, not units; an embedding can only be incoming")
     if layer_kind.startswith("ConvTranspose") and cast(Any, module).groups > 1:
         raise TypeError(f"{label(name, module)}: transposed convolutions with groups are not supported")
+    if layer_kind == "Embedding" and (module.padding_idx is not None or module.max_norm is not None):
+        raise ValueError(f"{label(name, module)} has padding_idx or max_norm, which a re-drawn unit would not keep")
     if layer_kind in LAYERS:
         return
     if isinstance(module, tuple(getattr(nn, layer, ()) for layer in LAYERS)):
         raise TypeError(f"{label(name, module)} overrides forward(), so what its weight means is not known")
-    raise TypeError(f"{label(name, module)} is not supported as a layer: it must be one of {', '.join(LAYERS)}")
+    of = f" of {type(module).__module__}" if type(module).__name__ in LAYERS else ""
+    raise TypeError(f"{label(name, module)}{of} is not supported as a layer: it must be one of {', '.join(LAYERS)}")
 
 
-def _check_parameters(name: str, module: nn.Module, modules: Iterable[nn.Module]) -> None:
+def _check_parameters(name: str, module: nn.Module, tied: dict[str, str]) -> None:
     if "weight" not in module._parameters:
         raise ValueError(f"the weight of {label(name, module)} is computed (parametrized, pruned), not a parameter")
     for key, parameter in module._parameters.items():
@@ -362,8 +392,92 @@ def _check_parameters(name: str, module: nn.Module, modules: Iterable[nn.Module]
             raise ValueError(f"'{name}.{key}' is {parameter.dtype}, not float32, float64, bfloat16 or float16")
         if not parameter.requires_grad:
             raise ValueError(f"'{name}.{key}' is frozen (requires_grad is False)")
-        if sum(parameter is other for owner in modules for other in owner._parameters.values()) > 1:
-            raise ValueError(f"'{name}.{key}' is tied: two modules of the model share it")
+        own = f"{name}.{key}" if name else key
+        if own in tied:
+            raise ValueError(f"'{own}' is tied: it shares its memory with '{tied[own]}'")
+
+
+def own_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer with its name; one that two modules have, twice."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, tensor)
+        for prefix, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    ]
+
+
+def span(tensor: torch.Tensor) -> tuple[Any, int, int] | None:
+    """A tensor's memory: a space of addresses, the first byte and the one after the last; None if it has none.
+
+    Two tensors may share elements only where the bytes between overlap in one space. All real memory of a device is one
+    space, so that two storages over the same bytes are seen; on the meta device every storage is its own.
+    """
+    if is_dtensor(tensor):
+        tensor = cast(Any, tensor)._local_tensor
+    if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    device, size = tensor.device, tensor.element_size()
+    if type(tensor) in (nn.Parameter, torch.Tensor) and device.type != "meta":
+        space, first = cast(Any, device), tensor.data_ptr()
+        if not first:  # freed, as between the forwards of sharded modules
+            return None
+    else:
+        storage = tensor.untyped_storage()
+        if storage.device.type != "meta":  # it is made of other tensors
+            return None
+        space, first = storage._cdata, int(tensor.storage_offset()) * size
+    if tensor.is_contiguous():
+        return space, first, first + tensor.numel() * size
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return space, first, first + reach * size
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have memory in common: neighbours in one storage have not, nor columns between columns."""
+    pair = [cast(Any, t)._local_tensor if is_dtensor(t) else t for t in (a, b)]
+    spans = [span(t) for t in pair]
+    if spans[0] is None or spans[1] is None or spans[0][0] != spans[1][0]:
+        return False
+    (_, start, end), (_, other_start, other_end) = spans[0], spans[1]
+    if max(start, other_start) >= min(end, other_end):
+        return False
+    if all(t.numel() * t.element_size() == s[2] - s[1] for t, s in zip(pair, cast(Any, spans), strict=True)):
+        return True
+    lowest = min(start, other_start)
+    with _disable_current_modes():
+        taken = torch.zeros(max(end, other_end) - lowest, dtype=torch.bool, device="cpu")
+        for tensor, first in zip(pair, (start, other_start), strict=True):
+            size = tensor.element_size()
+            strides = (*(stride * size for stride in tensor.stride()), 1)
+            place = taken.as_strided((*tensor.shape, size), strides, first - lowest)
+            if place.any():
+                return True
+            place.fill_(True)
+    return False
+
+
+def shared_memory(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """By the names of those that have memory in common with another one of `tensors`, the name of that one."""
+    spaces: dict[Any, list[tuple[int, int, int]]] = defaultdict(list)
+    entries = list(tensors)
+    for i, (_, tensor) in enumerate(entries):
+        where = span(tensor)
+        if where is not None:
+            spaces[where[0]].append((where[1], where[2], i))
+    shared: dict[str, str] = {}
+    for places in spaces.values():
+        places.sort()
+        under: list[tuple[int, int, int]] = []
+        for place in places:
+            under = [other for other in under if other[1] > place[0]]
+            for _, _, i in under:
+                (name, tensor), (other, its) = entries[i], entries[place[2]]
+                if tensor is its or overlap(tensor, its):
+                    shared.setdefault(name, other)
+                    shared.setdefault(other, name)
+            under.append(place)
+    return shared
 
 
 def out_axis(layer: nn.Module) -> int:

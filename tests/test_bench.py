@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,46 @@ def test_a_worker_has_its_own_threads_and_environment():
     assert "CBP_FAST_TEST" not in os.environ
 
 
+def in_the_process(what):
+    """Timers of a process that fails."""
+    if what == "at once":
+        raise ValueError("no memory\nat all")
+    return {
+        "interrupt": lambda calls: [signal.getsignal(signal.SIGINT) is signal.SIG_IGN] * calls,
+        "error": lambda calls: 1 // 0,
+        "end": lambda calls: os._exit(7),
+    }
+
+
+def test_an_error_in_a_worker_is_an_error_here():
+    with (
+        timing.Worker(in_the_process, "at once", threads=1) as worker,
+        pytest.raises(RuntimeError, match="ValueError: no memory"),
+    ):
+        worker.timers()
+    for name, message in (("error", "ZeroDivisionError"), ("end", "a process that was timed has ended with 7")):
+        with timing.Worker(in_the_process, "later", threads=1) as worker:
+            timers = worker.timers()
+            # from its first moment on, as Ctrl-C goes to every process of a terminal
+            assert timers["interrupt"](1) == [True]
+            with pytest.raises(RuntimeError, match=message):
+                timers[name](1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_worker_that_is_busy_is_not_waited_for():
+    worker = timing.Worker(forever, threads=1)
+    worker.timers()
+    worker._pipe.send(("wait", 1))
+    worker.__exit__(KeyboardInterrupt)
+    assert worker._process.exitcode == -signal.SIGTERM
+
+
+def forever():
+    """A timer that takes an hour."""
+    return {"wait": lambda calls: [time.sleep(3600)]}
+
+
 def test_turns_are_cut_short_after_their_time_and_every_round_is_ticked():
     ticks = []
     options = timing.Options(seconds=0, tick=ticks.append)
@@ -177,7 +218,7 @@ def bench(monkeypatch, tmp_path):
     def run(suite, *options):
         monkeypatch.setattr(*SMALL[suite])
         files = [f"--{kind}={tmp_path / kind}" for kind in ("json", "csv", "plot")]
-        assert main(["bench", "--suite", suite, "--seconds", "0", "--no-compile", *files, *options]) == 0
+        assert main(["bench", "--suite", suite, "--seconds", "1e-9", "--no-compile", *files, *options]) == 0
         rows = json.loads((tmp_path / "json").read_text())["microseconds"]
         with (tmp_path / "csv").open() as file:
             lines = list(csv.DictReader(file))
@@ -217,6 +258,110 @@ def test_suite_scaling(bench, capsys):
     assert "to the power" in out
     assert "each layer more costs" in out
     assert pictures == ["scaling.png"]
+
+
+BROKEN = {"step": "_measure", "kernels": "operations", "training": "in_turns", "scaling": "timers_of"}
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()], ids=["an error", "Ctrl-C"])
+@pytest.mark.parametrize("suite", ["kernels", "scaling"])
+def test_what_was_timed_is_kept_when_a_case_fails_or_is_interrupted(suite, error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(*SMALL[suite])
+    module, calls = SMALL[suite][0], []
+    function = getattr(module, BROKEN[suite])
+
+    def sometimes(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return function(*args)
+
+    monkeypatch.setattr(module, BROKEN[suite], sometimes)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("json", "csv", "plot")]
+    cases = ["--cases", "weights", "depth"] if suite == "scaling" else []
+    status = main(["bench", "--suite", suite, "--seconds", "1e-9", "--no-compile", *files, *cases])
+    written = json.loads((tmp_path / "json").read_text())
+    interrupted = isinstance(error, KeyboardInterrupt)
+    times = {(r["op"], r["case"]) for r in written["microseconds"]}
+    # a case a call, less the one that failed
+    assert len(times) == len(calls) - 1 > 0
+    assert (
+        len(calls) == (2 if interrupted else len(calls)) == (2 if interrupted else {"kernels": 6, "scaling": 9}[suite])
+    )
+    assert len((tmp_path / "csv").read_text().splitlines()) == len(written["microseconds"]) + 1
+    err = capsys.readouterr().err
+    if interrupted:
+        assert status == 130
+        assert written["about"]["interrupted"] is True
+        assert f"interrupted; there are {len(written['microseconds'])} times, in {tmp_path / 'csv'}" in err
+    else:
+        assert status == 1
+        (failed,) = written["about"]["failed"].items()
+        assert failed[0].startswith(f"{suite}, ")
+        assert failed[1] == "MemoryError: no room"
+        assert f"error: {failed[0]}: {failed[1]}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("suite", ["step", "training"])
+def test_a_case_that_fails_does_not_stop_the_suite(suite, monkeypatch):
+    module, _, cases = SMALL[suite]
+    monkeypatch.setattr(*SMALL[suite])
+
+    def fails(*args, **options):
+        raise RuntimeError("first line\nsecond")
+
+    monkeypatch.setattr(module, "_measure" if suite == "step" else "Worker", fails)
+    options = timing.Options(compiled=False)
+    lines = list(module.run(options))
+    assert [rows for _, rows in lines] == [[]]
+    assert options.failed == {case.name: "RuntimeError: first line" for case in cases}
+
+
+def test_an_interrupt_before_the_first_time_writes_nothing(monkeypatch, tmp_path, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "_measure", interrupted)
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("json", "csv", "plot")]
+    assert main(["bench", "--no-compile", *files]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "interrupted; there are 0 times\n" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_in_the_end_costs_that_file_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(*SMALL["kernels"])
+    (tmp_path / "sub").mkdir()
+    run = kernels.run
+
+    def remove_the_folder(options):
+        (tmp_path / "sub").rmdir()
+        yield from run(options)
+
+    monkeypatch.setattr(kernels, "run", remove_the_folder)
+    files = [f"--json={tmp_path / 'json'}", f"--csv={tmp_path / 'sub' / 'csv'}"]
+    assert main(["bench", "--suite=kernels", "--seconds=1e-9", *files]) == 1
+    assert json.loads((tmp_path / "json").read_text())["microseconds"]
+    assert str(tmp_path / "sub" / "csv") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_ctrl_c_of_a_terminal_leaves_no_traceback(command, tmp_path):
+    options = ["--suite=training", "--no-compile"] if command == "bench" else []
+    argv = [sys.executable, "-m", "cbp_fast", command, *options, "--json=results"]
+    process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # until the processes that train have begun to start
+    while not list(Path(f"/proc/{process.pid}/task").glob("*/children")) or not any(
+        path.read_text().split()[1:] for path in Path(f"/proc/{process.pid}/task").glob("*/children")
+    ):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

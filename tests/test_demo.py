@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 from itertools import pairwise
 
 import pytest
@@ -19,7 +20,10 @@ pytest.importorskip("tqdm")
 
 def train(method, name="digits", rule="nature", seed=0, tasks=1, step_size=0.001):
     run = training.Run(name, rule, method, step_size, seed, tasks)
-    return training.train_all([run], 1, lambda run, score: None)[0]
+    ((_, history),) = training.train_all([run], 1, lambda run, score: None)
+    if isinstance(history, Exception):
+        raise history
+    return history
 
 
 @pytest.fixture
@@ -122,10 +126,10 @@ def test_every_rule_replaces_units_in_every_group(name, rule, settings, monkeypa
 def test_workers_give_what_one_process_gives():
     runs = [training.Run("digits", "nature", method, 0.001, 0, 2) for method in report.METHODS]
     told = []
-    alone = training.train_all(runs, 1, lambda run, score: None)
-    together = training.train_all(runs, 2, lambda run, score: told.append((run.method, score)))
-    assert [history.scores for history in together] == [history.scores for history in alone]
-    for run, history in zip(runs, together, strict=True):
+    alone = dict(training.train_all(runs, 1, lambda run, score: None))
+    together = dict(training.train_all(runs, 2, lambda run, score: told.append((run.method, score))))
+    assert [together[run].scores for run in runs] == [alone[run].scores for run in runs]
+    for run, history in together.items():
         assert [score for method, score in told if method == run.method] == history.scores
 
 
@@ -137,13 +141,23 @@ def test_an_interrupt_here_stops_the_workers():
     # far too long to wait for
     runs = [training.Run("digits", "nature", method, 0.001, 0, 100_000) for method in (*report.METHODS, "backprop")]
     with pytest.raises(KeyboardInterrupt):
-        training.train_all(runs, 2, interrupt)
+        list(training.train_all(runs, 2, interrupt))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_a_worker_stops_no_other():
+    runs = [training.Run(name, "nature", "backprop", 0.001, 0, 1) for name in ("mnist", "digits")]
+    outcomes = dict(training.train_all(runs, 2, lambda run, score: None))
+    assert isinstance(outcomes[runs[0]], KeyError)
+    assert len(outcomes[runs[1]].scores) == 1
 
 
 def test_training_here_gives_the_threads_back():
     threads = torch.get_num_threads()
-    with pytest.raises(KeyError):
-        training.train_all([training.Run("mnist", "nature", "cbp", 0.1, 0, 1)], 1, lambda run, score: None)
+    run = training.Run("mnist", "nature", "cbp", 0.1, 0, 1)
+    ((_, error),) = training.train_all([run], 1, lambda run, score: None)
+    assert isinstance(error, KeyError)
     assert torch.get_num_threads() == threads
 
 
@@ -192,6 +206,66 @@ def test_demo_writes_json_picture_and_table(tmp_path, capsys):
     assert out.count("* ") == 3  # two rows, and what the star means
     assert (target / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
     assert "backprop=0." in err
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Lets the training of one network end with an error, after a task of it; the others are not trained at all."""
+
+    def break_(which, error):
+        def train(run, on_task):
+            on_task(run, 0.5)
+            if (run.method, run.step_size, run.seed) == which:
+                raise error
+            on_task(run, 0.75)
+            return training.History([0.5, 0.75], 0.1, 5.0, 1e-3, "cpp" if run.method == "cbp" else None)
+
+        monkeypatch.setattr(training, "train", train)
+
+    return break_
+
+
+def test_networks_that_fail_are_named_and_the_others_compared(broken, tmp_path, capsys):
+    broken(("cbp", 0.001, 1), MemoryError("no room"))
+    results = tmp_path / "r.json"
+    assert main(["demo", "--tasks=2", "--seeds=2", f"--out={tmp_path / 'p.svg'}", f"--json={results}"]) == 1
+    out, err = capsys.readouterr()
+    assert "error: cbp, step size 0.001, seed 1: MemoryError: no room" in err
+    written = json.loads(results.read_text())
+    (unfinished,) = written["unfinished"]
+    assert unfinished["error"] == "MemoryError: no room"
+    assert (unfinished["seed"], unfinished["scores"]) == (1, [0.5])
+    assert [row["networks"] for row in written["tried"]] == [2, 2, 2, 2, 1, 2]
+    assert written["results"]["cbp"]["mean"] == 0.625
+    assert (tmp_path / "p.svg").read_text().startswith("<?xml")
+    assert "dormant" in out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_interrupt_keeps_what_there_is(seed, broken, tmp_path, capsys):
+    broken(("cbp", 0.001, seed), KeyboardInterrupt())
+    results, picture = tmp_path / "r.json", tmp_path / "new" / "p.png"
+    assert main(["demo", "--tasks=2", "--seeds=2", f"--out={picture}", f"--json={results}"]) == 130
+    out, err = capsys.readouterr()
+    written = json.loads(results.read_text())
+    finished = 3 + 6 * seed
+    assert f"interrupted with {finished} of 12 networks trained; what there is is in {results}" in err
+    assert "Traceback" not in err
+    assert len(written["unfinished"]) == 12 - finished
+    assert [run["scores"] for run in written["unfinished"]] == [[0.5], *[[]] * (11 - finished)]
+    # once there is a network of every kind they are compared
+    assert bool(written["results"]) == picture.exists() == bool(seed)
+    assert ("score so far" in out) != bool(seed)
+
+
+def test_an_interrupt_before_the_first_score_writes_nothing(monkeypatch, tmp_path, capsys):
+    def interrupted(run, on_task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    assert main(["demo", "--tasks=2", f"--out={tmp_path / 'new'}", f"--json={tmp_path / 'r.json'}"]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "interrupted before there was a result" in capsys.readouterr().err
 
 
 def test_demo_prints_json_alone_on_stdout(tmp_path, capsys):

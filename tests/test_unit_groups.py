@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import hypothesis.strategies as st
 import pytest
+import torch
+from hypothesis import given, settings
 from networks import Net, mlp
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from cbp_fast.unit_groups import UnitGroup, check_disjoint, resolve
+from cbp_fast import ContinualBackprop
+from cbp_fast.unit_groups import Part, UnitGroup, check_disjoint, overlap, own_tensors, resolve, shared_memory
 
 
 class LinearPlusOne(nn.Linear):
@@ -152,3 +157,167 @@ def test_groups_of_one_object_are_disjoint():
         check(("a", "0", "1"), ("b", "2", "1"))
     with pytest.raises(ValueError, match="'4' is in `norms` of two unit groups, 'a' and 'b'"):
         check(("a", "0", "1", "4"), ("b", "1", "2", "4"))
+
+
+# groups by names are the groups they are names of
+
+
+@st.composite
+def blocks(draw, n, each, split=True):
+    """(start, stride from unit to unit, each, stride from position to position) and how wide an axis it needs."""
+    start = draw(st.integers(0, 2))
+    if split and draw(st.booleans()):
+        return (start, 1, each, n), start + n * each
+    gap = draw(st.integers(0, 2)) if each == 1 else 0
+    return (start, each + gap, each, 1), start + (n - 1) * (each + gap) + each
+
+
+@st.composite
+def networks_with_groups(draw):
+    """Layers whose whole, or some part, makes, normalises or reads n units, in every form that a group can have."""
+    n, d = draw(st.integers(1, 5)), draw(st.integers(0, 2))
+    wider = st.integers(0, 2)
+    layers, group = {}, {"incoming": [], "outgoing": [], "norms": []}
+
+    def add(role, make, each, split=True):
+        block, width = draw(blocks(n, each, split))
+        if draw(st.booleans()):  # nothing but the units
+            block, width = (0, each, each, 1), n * each
+        else:
+            width += draw(wider)
+        layer = make(width)
+        if layer is not None:
+            name = f"{role}{len(layers)}"
+            layers[name] = layer
+            group[role].append(Part(name, block[0], block[2], block[1], block[3]))
+
+    conv = (None, nn.Conv1d, nn.Conv2d)[d]
+    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[d]
+    for _ in range(draw(st.integers(1, 2))):
+        makers = [lambda w: nn.Linear(3, w), lambda w: nn.Embedding(7, w)]
+        makers += [lambda w: conv(2, w, 3), lambda w: conv(w, w, 3, groups=w)] if conv else []
+        add("incoming", draw(st.sampled_from(makers)), draw(st.integers(1, 3)), split=False)
+    positions = draw(st.integers(1, 3))
+    for _ in range(draw(st.integers(1, 2))):
+        readers = [lambda w: nn.Linear(w, 2)] + ([lambda w: conv(w, 2, 1)] if conv else [])
+        add("outgoing", draw(st.sampled_from(readers)), positions)
+    for _ in range(draw(st.integers(0, 2))):
+        add("norms", draw(st.sampled_from([norm, nn.LayerNorm])), draw(st.sampled_from([1, positions])))
+    return nn.ModuleDict(layers), UnitGroup("g", **group, num_units=n)
+
+
+@settings(max_examples=150)
+@given(networks_with_groups())
+def test_names_of_a_resolved_group_resolve_to_it(drawn):
+    model, group = drawn
+    try:
+        resolved = resolve(model, group)
+    except ValueError:
+        return
+    assert resolve(model, resolved.unit_group()) == resolved
+
+
+def several_rows():
+    return nn.ModuleDict({"a": nn.Linear(6, 4), "c": nn.Linear(16, 3)}), {
+        "incoming": Part("a", 0, 4),
+        "outgoing": Part("c", 0, 16),
+        "num_units": 1,
+    }
+
+
+def only_depthwise():
+    # by itself its name means six units
+    return nn.ModuleDict({"a": nn.Conv2d(6, 6, 3, groups=6), "c": nn.Conv2d(6, 2, 1)}), {
+        "incoming": Part("a", 0, 2),
+        "outgoing": Part("c", 0, 2),
+        "num_units": 3,
+    }
+
+
+def depthwise_beside():
+    return nn.ModuleDict({"a": nn.Conv2d(2, 3, 3), "b": nn.Conv2d(3, 6, 3, groups=3), "c": nn.Linear(24, 2)}), {
+        "incoming": ["a", Part("b", 0, 2)],
+        "outgoing": Part("c", 0, 8),
+    }
+
+
+def tokens_joined():
+    return nn.ModuleDict({"a": nn.Linear(5, 6), "b": nn.Linear(12, 3)}), {
+        "incoming": "a",
+        "outgoing": Part("b", 0, 2, 1, 6),
+    }
+
+
+@pytest.mark.parametrize("case", [several_rows, only_depthwise, depthwise_beside, tokens_joined])
+def test_an_object_made_of_the_groups_of_another_has_its_units(case):
+    model, group = case()
+    first = ContinualBackprop(model, None, groups=UnitGroup("g", **group))
+    groups, ages = first.groups, first.age["g"]
+    first.remove()
+    again = ContinualBackprop(model, None, groups=groups)
+    assert again.groups == groups
+    assert again.age["g"].shape == ages.shape
+    assert resolve(model, groups[0]) == resolve(model, UnitGroup("g", **group))
+
+
+# what discovery refuses is refused
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"max_norm": 1.0}])
+def test_embedding_that_keeps_something_makes_no_units(options):
+    model = nn.Sequential(nn.Embedding(11, 6, **options), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"'0' \(Embedding\) has padding_idx or max_norm"):
+        resolve(model, UnitGroup("g", "0", "1"))
+
+
+def square():
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+
+def by_data(model):
+    model[1].weight.data = model[0].weight.data
+
+
+def by_parameter(model):
+    model[1].weight = model[0].weight
+
+
+def by_part(model):
+    flat = torch.randn(66)
+    model[0].weight.data, model[1].weight.data = flat[:36].view(6, 6), flat[30:].view(6, 6)
+
+
+def by_columns(model):
+    wide = torch.randn(6, 11)
+    model[0].weight.data, model[1].weight.data = wide[:, :6], wide[:, 5:]
+
+
+def by_another_storage(model):
+    model[1].weight.data = torch.from_dlpack(model[0].weight.data)
+
+
+def by_buffer(model):
+    model.register_buffer("average", model[0].weight.data[2])
+
+
+@pytest.mark.parametrize("share", [by_data, by_parameter, by_part, by_columns, by_another_storage, by_buffer])
+def test_layers_with_memory_in_common_are_tied(share):
+    model = square()
+    share(model)
+    with pytest.raises(ValueError, match=r"'0.weight' is tied: it shares its memory with '(1.weight|average)'"):
+        resolve(model, UnitGroup("g", "0", "1"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "fake"])
+def test_neighbours_in_one_memory_are_not_tied(device):
+    with FakeTensorMode() if device == "fake" else torch.device(device):
+        model = square()
+        flat, wide = torch.randn(84), torch.randn(6, 12)
+        model[0].weight, model[0].bias = nn.Parameter(flat[:36].view(6, 6)), nn.Parameter(flat[36:42])
+        model[1].weight, model[1].bias = nn.Parameter(flat[42:78].view(6, 6)), nn.Parameter(flat[78:])
+        assert shared_memory(own_tensors(model)) == {}
+        model[0].weight, model[1].weight = nn.Parameter(wide[:, ::2]), nn.Parameter(wide[:, 1::2])
+        assert shared_memory(own_tensors(model)) == {}
+        if device != "fake":
+            assert resolve(model, UnitGroup("g", "0", "1", "2")).num_units == 6
+        assert overlap(wide[:, :6], wide[:, 5:])

@@ -103,16 +103,17 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     head = f"{'op':9} {'case':36} {ours:>10} {'GB/s':>7} {'of read':>8} {'eager':>11} {'faster':>7}"
     yield f"{LEGEND}\n\n{head}", []
     for case in _cases(options):
-        functions, moved = operations(case, options.rule or "nature", options.device, (ours, "reference"))
-        wait = {name: timer(function, options.device) for name, function in functions.items()}
-        times = in_turns(wait, _ROUNDS, options)
-        rows = [row("kernels", case.name, case.op, name, times[name], x=case.x, moved=moved) for name in times]
-        mine, eager, read = (next(r.median for r in rows if r.method == m) for m in (ours, "reference", "read"))
-        yield (
-            f"{case.op:9} {case.name:36} {mine:10.1f} {moved / mine / 1e3:7.1f} {read / mine:8.0%} {eager:11.1f}"
-            f" {eager / mine:7.1f}",
-            rows,
-        )
+        with options.case(f"{case.op} {case.name}"):
+            functions, moved = operations(case, options.rule or "nature", options.device, (ours, "reference"))
+            wait = {name: timer(function, options.device) for name, function in functions.items()}
+            times = in_turns(wait, _ROUNDS, options)
+            rows = [row("kernels", case.name, case.op, name, times[name], x=case.x, moved=moved) for name in times]
+            mine, eager, read = (next(r.median for r in rows if r.method == m) for m in (ours, "reference", "read"))
+            yield (
+                f"{case.op:9} {case.name:36} {mine:10.1f} {moved / mine / 1e3:7.1f} {read / mine:8.0%} {eager:11.1f}"
+                f" {eager / mine:7.1f}",
+                rows,
+            )
 
 
 def _cases(options: Options) -> list[Case]:

@@ -13,17 +13,22 @@ from .timing import Row
 _OURS = ("cpp", "triton")
 
 
-def write_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def write_csv(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Path]:
     """A line a time, in microseconds, each with the device, versions and threads it was taken with."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Row._fields, *about])
         writer.writerows([*r, *about.values()] for r in rows)
+    return [path]
 
 
-def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Path]:
     """The same as one object: what was run, and a list of times."""
     path.write_text(json.dumps({"about": about, "microseconds": [r._asdict() for r in rows]}, indent=1) + "\n")
+    return [path]
+
+
+PICTURES = ("time_against_width", "share_of_training", "scaling")
 
 
 def plot(folder: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Path]:
@@ -32,13 +37,14 @@ def plot(folder: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Pa
 
     device = about["cpu"] if about["device"] == "cpu" else about["device"]
     note = f"{device}, {about['threads']} thread(s), PyTorch {about['torch']}"
-    pictures = {
-        "time_against_width": (_width, [r for r in rows if _is_width(r)]),
-        "share_of_training": (_share, [r for r in rows if r.share is not None]),
-        "scaling": (_scaling, [r for r in rows if r.suite == "scaling"]),
-    }
+    pictures = (
+        (_width, [r for r in rows if _is_width(r)]),
+        (_share, [r for r in rows if r.share is not None]),
+        (_scaling, [r for r in rows if r.suite == "scaling"]),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (draw, chosen) in pictures.items():
+    for name, (draw, chosen) in zip(PICTURES, pictures, strict=True):
         if chosen:
             figure = Figure(figsize=(11, 4.5), layout="constrained")
             draw(figure, chosen)
@@ -66,8 +72,11 @@ def _curve(axes: Any, rows: list[Row], label: str, **style: Any) -> None:
 def _width(figure: Any, rows: list[Row]) -> None:
     """One panel an operation: time against width, and reading as many bytes as the floor."""
     for i, (op, batch) in enumerate((("capture_", "batch 256"), ("select_", "batch 32"))):
-        axes = figure.add_subplot(1, 2, i + 1)
         shown = [r for r in _of(rows, op=op) if batch in r.case]
+        # of a run that was cut short
+        if not shown:
+            continue
+        axes = figure.add_subplot(1, 2, i + 1)
         for method in dict.fromkeys(r.method for r in shown):
             style = {"color": "black", "linestyle": "--", "marker": ""} if method == "read" else {}
             label = "reading the bytes once" if method == "read" else method

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import chain
 
 import torch
 
@@ -49,7 +48,9 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
         "rate": _rate,
     }
     yield LEGEND, []
-    yield from chain.from_iterable(parts[part](options) for part in _parts(options))
+    for part in _parts(options):
+        with options.case(part):
+            yield from parts[part](options)
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -65,17 +66,19 @@ def _weights(options: Options) -> Iterator[tuple[str, list[Row]]]:
     machinery = 3 * hook_seconds()
     for weights in _WEIGHTS:
         case = Case(f"{weights:.0e}", 3, math.isqrt(int(weights) // 3), 32, _ROUNDS["weights"])
-        times = in_turns(timers_of(case, rule, options.device, (ours,)), case.rounds, options)
-        times[ours] = [t + machinery for t in times[ours]]
-        moved = stated_bytes(case, rule)
-        rows = [row("scaling", case.name, "weights", name, times[name], x=weights, moved=moved) for name in times]
-        found += [r for r in rows if r.method == ours]
-        cells = "".join(f"{_cell(r):>27}" for r in rows)
-        yield f"{weights:12.0e} {case.width:6}{cells} {1e3 * rows[0].median / weights:12.3f}", rows
+        with options.case(f"{case.name} weights"):
+            times = in_turns(timers_of(case, rule, options.device, (ours,)), case.rounds, options)
+            times[ours] = [t + machinery for t in times[ours]]
+            moved = stated_bytes(case, rule)
+            rows = [row("scaling", case.name, "weights", name, times[name], x=weights, moved=moved) for name in times]
+            found += [r for r in rows if r.method == ours]
+            cells = "".join(f"{_cell(r):>27}" for r in rows)
+            yield f"{weights:12.0e} {case.width:6}{cells} {1e3 * rows[0].median / weights:12.3f}", rows
     points = [(math.log(r.x), math.log(r.median)) for r in found]
-    exponents = [
-        slope(*map(list, zip(*part, strict=True))) for part in (points, [p for p in points if p[0] >= math.log(1e6)])
-    ]
+    parts = (points, [p for p in points if p[0] >= math.log(1e6)])
+    if min(map(len, parts)) < 2:
+        return
+    exponents = [slope(*map(list, zip(*part, strict=True))) for part in parts]
     yield f"{'':12} time grows with weights to the power {exponents[0]:.2f}; {exponents[1]:.2f} from 1e+06 on", []
 
 
@@ -86,11 +89,14 @@ def _depth(options: Options) -> Iterator[tuple[str, list[Row]]]:
     machinery = hook_seconds()
     for depth in _DEPTHS:
         case = Case(str(depth), depth, 64, 32, _ROUNDS["depth"])
-        times = in_turns({ours: timers_of(case, rule, options.device, (ours,))[ours]}, case.rounds, options)
-        seconds = [t + depth * machinery for t in times[ours]]
-        moved = stated_bytes(case, rule)
-        found.append(row("scaling", case.name, "depth", ours, seconds, x=depth, moved=moved))
-        yield f"{depth:12} {'':6} {_cell(found[-1]):>26} {found[-1].median / depth:26.1f}", found[-1:]
+        with options.case(f"{depth} layers"):
+            times = in_turns({ours: timers_of(case, rule, options.device, (ours,))[ours]}, case.rounds, options)
+            seconds = [t + depth * machinery for t in times[ours]]
+            moved = stated_bytes(case, rule)
+            found.append(row("scaling", case.name, "depth", ours, seconds, x=depth, moved=moved))
+            yield f"{depth:12} {'':6} {_cell(found[-1]):>26} {found[-1].median / depth:26.1f}", found[-1:]
+    if len(found) < 2:
+        return
     cost = slope([r.x for r in found], [r.median for r in found])
     yield f"{'':12} each layer more costs {cost:.1f} us", []
 

@@ -63,34 +63,39 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     columns = [name for name in _COLUMNS if name not in ("cpp", "triton") or name == backend_for_device(options)]
     yield LEGEND + f"\n\n{'hidden':10} {'batch':>5} " + "".join(f"{name:>26}" for name in columns), []
     for case in _cases(options):
-        times = _measure(case, rule, options)
-        ours = backend_for_device(options)
-        speedup = {name: times.pop(name) for name in _SPEEDUPS if name in times}
-        moved = stated_bytes(case, rule)
-        rows = [row("step", case.name, "step", name, times[name], x=case.width, moved=moved) for name in times]
-        by_name = {r.method: r for r in rows}
-        cells = (
-            "{0.median:.0f} ({0.low:.0f} to {0.high:.0f})".format(by_name[name]) if name in by_name else "-"
-            for name in columns
+        with options.case(case.name):
+            yield _line(case, rule, columns, options)
+
+
+def _line(case: Case, rule: str, columns: list[str], options: Options) -> tuple[str, list[Row]]:
+    times = _measure(case, rule, options)
+    ours = backend_for_device(options)
+    speedup = {name: times.pop(name) for name in _SPEEDUPS if name in times}
+    moved = stated_bytes(case, rule)
+    rows = [row("step", case.name, "step", name, times[name], x=case.width, moved=moved) for name in times]
+    by_name = {r.method: r for r in rows}
+    cells = (
+        "{0.median:.0f} ({0.low:.0f} to {0.high:.0f})".format(by_name[name]) if name in by_name else "-"
+        for name in columns
+    )
+    line = f"{case.name:10} {case.batch:>5} " + "".join(f"{cell:>26}" for cell in cells)
+    if ours in by_name:
+        mine, read = by_name[ours].median, by_name["read"].median
+        ratios = [f"{r.median / mine:.1f} of {r.method}" for r in rows if r.method not in ("read", ours)]
+        line += (
+            f"\n{'':16} {ours}: {mine / read:.2f} of reading, {moved / mine / 1e3:.1f} GB/s;"
+            f" times faster: {', '.join(ratios)}"
         )
-        line = f"{case.name:10} {case.batch:>5} " + "".join(f"{cell:>26}" for cell in cells)
-        if ours in by_name:
-            mine, read = by_name[ours].median, by_name["read"].median
-            ratios = [f"{r.median / mine:.1f} of {r.method}" for r in rows if r.method not in ("read", ours)]
-            line += (
-                f"\n{'':16} {ours}: {mine / read:.2f} of reading, {moved / mine / 1e3:.1f} GB/s;"
-                f" times faster: {', '.join(ratios)}"
-            )
-            if case.depth >= 100:
-                line += f"\n{'':16} a layer: {mine / case.depth:.1f} us"
-        if speedup:
-            rows += [row("step", case.name, name, ours, speedup[name], x=case.width, moved=moved) for name in speedup]
-            faster = {what: _ratio(speedup, what, options.threads) for what in (ours, "read")}
-            line += (
-                f"\n{'':16} {options.threads} threads over one, two processes in turns: {ours} {faster[ours]:.2f},"
-                f" read {faster['read']:.2f}; {faster[ours] / faster['read']:.2f} of it"
-            )
-        yield line, rows
+        if case.depth >= 100:
+            line += f"\n{'':16} a layer: {mine / case.depth:.1f} us"
+    if speedup:
+        rows += [row("step", case.name, name, ours, speedup[name], x=case.width, moved=moved) for name in speedup]
+        faster = {what: _ratio(speedup, what, options.threads) for what in (ours, "read")}
+        line += (
+            f"\n{'':16} {options.threads} threads over one, two processes in turns: {ours} {faster[ours]:.2f},"
+            f" read {faster['read']:.2f}; {faster[ours] / faster['read']:.2f} of it"
+        )
+    return line, rows
 
 
 _SPEEDUPS = [f"{name}, {threads}" for name in ("cpp", "read") for threads in ("one thread", "all threads")]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+from ..cli.interrupts import ignored
 
 T = TypeVar("T")
 Name = TypeVar("Name", str, tuple[str, str])
@@ -35,6 +38,7 @@ class Options:
         cases: names of the cases to time; None: all.
         seconds: after which a case is cut short; its median then stands on fewer rounds.
         tick: called with the number of a case's rounds that are over.
+        failed: why, of the cases that could not be timed.
     """
 
     threads: int = 1
@@ -44,6 +48,16 @@ class Options:
     cases: list[str] | None = None
     seconds: float = 20.0
     tick: Callable[[int], object] = lambda rounds: None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """An error in here costs this case alone."""
+        try:
+            yield
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            self.failed[name] = f"{type(error).__name__}: {first}"
 
 
 class Row(NamedTuple):
@@ -133,6 +147,9 @@ class Worker:
         build: a function of a module, so that the process can import it.
         threads: of PyTorch.
         environment: variables of the process.
+
+    Raises:
+        RuntimeError: by what asks it for something: there was an error in the process, or it is gone.
     """
 
     def __init__(
@@ -145,7 +162,8 @@ class Worker:
         before = dict(os.environ)
         os.environ.update(environment)
         try:
-            self._process.start()
+            with ignored():
+                self._process.start()
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -154,31 +172,49 @@ class Worker:
 
     def timers(self) -> dict[str, Timer[Any]]:
         """The process's timers by name."""
-        names: list[str] = self._pipe.recv()
+        names: list[str] = self._answer()
         return {name: lambda calls, name=name: self._ask(name, calls) for name in names}  # type: ignore[misc]
 
     def _ask(self, name: str, calls: int) -> Any:
-        self._pipe.send((name, calls))
-        return self._pipe.recv()
+        # where it has ended it may have said why
+        with suppress(OSError):
+            self._pipe.send((name, calls))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer, error = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise RuntimeError(f"a process that was timed has ended with {self._process.exitcode}") from None
+        if error is not None:
+            raise RuntimeError(error)
+        return answer
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         self._pipe.close()
+        # what it is busy with may take minutes
+        if error is not None:
+            self._process.terminate()
         self._process.join()
 
 
 def _serve(pipe: Any, threads: int, build: Callable[..., Mapping[str, Callable[[], Any]]], args: tuple[Any]) -> None:
-    torch.set_num_threads(threads)
-    timers = build(*args)
-    pipe.send(list(timers))
-    while True:
-        try:
-            name, calls = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(timers[name](calls))  # type: ignore[call-arg]
+    try:
+        torch.set_num_threads(threads)
+        timers = build(*args)
+        pipe.send((list(timers), None))
+        while True:
+            try:
+                name, calls = pipe.recv()
+            except EOFError:
+                return
+            pipe.send((timers[name](calls), None))  # type: ignore[call-arg]
+    except Exception as error:
+        pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
 def hook_seconds() -> float:

@@ -80,18 +80,23 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     for case in _cases(options):
         allocators = {"stock": {}, "tuned": TUNED} if options.device == "cpu" else {"stock": {}}
         rule = options.rule or "nature"
-        with ExitStack() as processes:
-            workers = {}
-            for name, environment in allocators.items():
-                # once: in the setting that serves it best
-                compiled = case.compiled and options.compiled and name == list(allocators)[-1]
-                worker = Worker(timers_of, case, rule, options.device, compiled, threads=options.threads, **environment)
-                workers[name] = processes.enter_context(worker)
-            timers = {
-                (method, name): timed for name, worker in workers.items() for method, timed in worker.timers().items()
-            }
-            times = in_turns(timers, case.rounds, options)
-        yield _table(case, times, options, list(allocators))
+        with options.case(case.name):
+            with ExitStack() as processes:
+                workers = {}
+                for name, environment in allocators.items():
+                    # once: in the setting that serves it best
+                    compiled = case.compiled and options.compiled and name == list(allocators)[-1]
+                    worker = Worker(
+                        timers_of, case, rule, options.device, compiled, threads=options.threads, **environment
+                    )
+                    workers[name] = processes.enter_context(worker)
+                timers = {
+                    (method, name): timed
+                    for name, worker in workers.items()
+                    for method, timed in worker.timers().items()
+                }
+                times = in_turns(timers, case.rounds, options)
+            yield _table(case, times, options, list(allocators))
 
 
 def _table(

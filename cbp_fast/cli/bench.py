@@ -10,10 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .arguments import FORMATS, count, device, file, seconds, unwritable
 from .info import cpu_name, versions
+from .interrupts import ignored
+
+if TYPE_CHECKING:
+    from ..bench.timing import Options, Row
 
 _SUITES = ("step", "kernels", "training", "scaling")
 
@@ -21,63 +27,109 @@ _SUITES = ("step", "kernels", "training", "scaling")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     parser.add_argument("--suite", choices=(*_SUITES, "all"), default="step", help="default: step")
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help='a choice of a suite\'s cases, such as "3 x 4096"')
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help='a choice of a suite\'s cases, such as "3 x 4096"')
     parser.add_argument("--rule", choices=("nature", "gnt", "clarena"), help="default: clarena for step, else nature")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (default: 1)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=count(1024), default=1, metavar="N", help="threads of PyTorch (default: 1)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--seconds", type=float, default=20, help="after which a case is cut short (default: 20)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to FILE as well")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all times to FILE, a line each")
+    parser.add_argument("--seconds", type=seconds, default=20, help="after which a case is cut short (default: 20)")
+    parser.add_argument("--json", type=file, metavar="FILE", help="write all times to FILE as well")
+    parser.add_argument("--csv", type=file, metavar="FILE", help="write all times to FILE, a line each")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the pictures in DIR (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times the suites, prints their tables, and writes what was asked for."""
+    """Times the suites, prints their tables, and writes what was asked for, or what there is if it ends early."""
     suites = {n: importlib.import_module(f"cbp_fast.bench.{n}") for n in _SUITES if args.suite in (n, "all")}
     wrong = _complaint(args, suites)
     if wrong:
-        print(f"cbp-fast bench: {wrong}", file=sys.stderr)
+        print(f"cbp-fast bench: error: {wrong}", file=sys.stderr)
         return 2
-    from ..bench import report
-    from ..bench.timing import Options
-
     torch.set_num_threads(args.threads)
     command = shlex.join(["cbp-fast", "bench", *sys.argv[2:]])
     about = {**versions(), "cpu": cpu_name(), "device": _device_name(args.device), "threads": args.threads}
     about |= {"rule": args.rule or "default", "command": command}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    rows = []
-    for name, suite in suites.items():
-        options = Options(args.threads, args.device, args.rule, not args.no_compile, args.cases, args.seconds)
-        options.tick, write, close = _progress(name, suite.rounds(options))
-        for line, found in suite.run(options):
-            write(line)
-            rows += found
-        close()
-        print()
-    if args.csv:
-        report.write_csv(args.csv, about, rows)
-    if args.json:
-        report.write_json(args.json, about, rows)
-    if args.plot:
-        args.plot.mkdir(parents=True, exist_ok=True)
-        for path in report.plot(args.plot, about, rows):
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    ended: BaseException | None = None
+    try:
+        for name, suite in suites.items():
+            options = _options(args)
+            options.tick, write, close = _progress(name, suite.rounds(options))
+            try:
+                for line, found in suite.run(options):
+                    rows += found
+                    write(line)
+            finally:
+                close()
+                failed |= {f"{name}, {case}": why for case, why in options.failed.items()}
+            print()
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        ended = error
+    for case, why in failed.items():
+        print(f"cbp-fast bench: error: {case}: {why}", file=sys.stderr)
+    extra: dict[str, Any] = {"interrupted": True} if ended else {}
+    with ignored():
+        written = _write(args, about, rows, extra | ({"failed": failed} if failed else {}))
+    if isinstance(ended, KeyboardInterrupt):
+        where = f", in {', '.join(map(str, written))}" if written else ""
+        print(f"cbp-fast bench: interrupted; there are {len(rows)} times{where}", file=sys.stderr)
+        return 130
+    if ended:
+        raise ended
+    for path in written or ():
+        if path.suffix == ".png":
             print(path)
-    return 0
+    return int(bool(failed) or written is None)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from ..bench.timing import Options
+
+    return Options(args.threads, args.device, args.rule, not args.no_compile, args.cases, args.seconds)
+
+
+def _write(
+    args: argparse.Namespace, about: dict[str, Any], rows: list[Row], extra: dict[str, Any]
+) -> list[Path] | None:
+    """What was written; None if something could not be. Without a time there is nothing to write."""
+    from ..bench import report
+
+    written: list[Path] = []
+    ways: list[tuple[Path | None, Callable[[Path], list[Path]]]] = [
+        (args.csv, lambda path: report.write_csv(path, about, rows)),
+        (args.json, lambda path: report.write_json(path, about | extra, rows)),
+        (args.plot, lambda path: report.plot(path, about, rows)),
+    ]
+    wrong = False
+    for path, write in ways:
+        if path is None or not rows:
+            continue
+        try:
+            written += write(path)
+        except OSError as error:
+            wrong = True
+            print(f"cbp-fast bench: error: {error}", file=sys.stderr)
+    return None if wrong else written
 
 
 def _complaint(args: argparse.Namespace, suites: dict[str, ModuleType]) -> str | None:
+    from ..bench.report import PICTURES
+
     cases = [name for suite in suites.values() for name in suite.case_names()]
     unknown = [name for name in args.cases or () if name not in cases]
     if unknown:
         return f"there is no case {', '.join(unknown)}; there are: {'; '.join(cases)}"
-    if args.device != "cpu" and not torch.cuda.is_available():
-        return f"there is no device {args.device} here; leave --device cpu"
+    if not any(suite.rounds(_options(args)) for suite in suites.values()):
+        return f"rule {args.rule} takes linear layers only, and each case has others"
+    if args.plot and args.plot.suffix.lower() in FORMATS and not args.plot.is_dir():
+        return f"--plot: {args.plot} must be a folder, for {', '.join(PICTURES)}"
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'cbp_fast[bench]'"
-    folders = [path.parent for path in (args.json, args.csv) if path and not path.parent.is_dir()]
-    return f"there is no folder {folders[0]}" if folders else None
+    files = [("--json", args.json), ("--csv", args.csv)]
+    pictures = [("--plot", args.plot / f"{name}.png") for name in PICTURES] if args.plot else []
+    return unwritable([(option, path) for option, path in files if path], pictures)
 
 
 def _device_name(device: str) -> str:

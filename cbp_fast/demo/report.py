@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,6 +43,7 @@ class Row:
         first, last = self.over("first"), self.over("last")
         return {
             "step_size": self.step_size,
+            "networks": len(self.histories),
             "mean": self.mean,
             "first": fmean(first),
             "last": fmean(last),
@@ -100,6 +101,20 @@ def table(problem: Problem, rows: Sequence[Row]) -> str:
         f"seconds a step, in the fastest task: {without:.6f} without and {with_cbp:.6f} with continual backprop"
     )
     return "\n".join(text)
+
+
+def scores_so_far(scores: Mapping[Run, Sequence[float]]) -> str:
+    """As text, what networks have reached that were not all trained over the whole stream."""
+    groups: dict[tuple[str, float], list[Sequence[float]]] = {}
+    for run, values in scores.items():
+        if values:
+            groups.setdefault((run.method, run.step_size), []).append(values)
+    lines = [
+        f"{method}, step size {step_size:g}: {fmean(map(fmean, found)):.3f} "
+        f"(networks: {len(found)}; tasks of each: {', '.join(str(len(values)) for values in found)})"
+        for (method, step_size), found in sorted(groups.items())
+    ]
+    return "\n".join(["score so far, mean over tasks", *lines])
 
 
 def plot(problem: Problem, rows: Sequence[Row], path: Path) -> None:

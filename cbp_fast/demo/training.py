@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Event
 
 import torch
 
 from .. import metrics
+from ..cli.interrupts import ignored
 from ..continual_backprop import ContinualBackprop
 from .problem import load
 
@@ -112,27 +111,35 @@ def hidden_activations(model: torch.nn.Sequential, x: torch.Tensor) -> list[torc
     return activations
 
 
-def train_all(runs: Sequence[Run], workers: int, on_task: Callable[[Run, float], None]) -> list[History]:
+def train_all(
+    runs: Sequence[Run], workers: int, on_task: Callable[[Run, float], None]
+) -> Generator[tuple[Run, History | BaseException]]:
     """Trains all runs, several at a time, each on one thread: these networks are too small for two.
 
     Args:
         runs: what to train; the order is the order of the start.
         workers: processes; 1 trains in this one.
         on_task: called in this process with a run and the score of its latest task.
+
+    Yields:
+        each run as it ends, with what it gave or the error that ended it.
     """
     if workers == 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [train(run, on_task) for run in runs]
+            for run in runs:
+                yield run, _outcome(run, on_task)
         finally:
             torch.set_num_threads(threads)
+        return
     # spawn: a fork would copy a process that already has torch's threads, or a CUDA context
     context = multiprocessing.get_context("spawn")
     queue: SimpleQueue[tuple[Run, float]] = context.SimpleQueue()
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (queue, stop)) as pool:
-        futures = [pool.submit(_train_in_worker, run) for run in runs]
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool:
+        with ignored():
+            futures = {pool.submit(_train_in_worker, run): run for run in runs}
         pending = set(futures)
         try:
             while pending:
@@ -140,32 +147,31 @@ def train_all(runs: Sequence[Run], workers: int, on_task: Callable[[Run, float],
                 while not queue.empty():
                     on_task(*queue.get())
                 for future in done:
-                    future.result()  # raises what the worker raised
+                    yield futures[future], future.exception() or future.result()
         except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            # some may still be importing PyTorch, and none has anything to lose
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
-        return [future.result() for future in futures]
 
 
-# of a worker: to the process that shows its progress, and from it
+def _outcome(run: Run, on_task: Callable[[Run, float], None]) -> History | Exception:
+    try:
+        return train(run, on_task)
+    except Exception as error:
+        return error
+
+
+# of a worker: to the process that shows its progress
 _queue: SimpleQueue[tuple[Run, float]]
-_stop: Event
 
 
-def _start_worker(queue: SimpleQueue[tuple[Run, float]], stop: Event) -> None:
-    global _queue, _stop
-    _queue, _stop = queue, stop
-    # an interrupt from the keyboard goes to all processes; the first one stops the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(queue: SimpleQueue[tuple[Run, float]]) -> None:
+    global _queue
+    _queue = queue
     torch.set_num_threads(1)
 
 
 def _train_in_worker(run: Run) -> History:
-    return train(run, _tell)
-
-
-def _tell(run: Run, score: float) -> None:
-    if _stop.is_set():
-        raise RuntimeError("stopped")
-    _queue.put((run, score))
+    return train(run, lambda run, score: _queue.put((run, score)))

@@ -198,8 +198,14 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
             # an option that is not to be had here
             raise ValueError(re.sub(r",? or [^,;]*exclude=.*", "", str(error))) from None
         assert self._engine is not None
-        if self._kept is not None:
-            self._engine.load_state_dict(self._fitting(self._kept))
+        try:
+            if self._kept is not None:
+                self._engine.load_state_dict(self._fitting(self._kept))
+        except BaseException:
+            # the state so far is what counts, not that of the new engine
+            self._engine = None
+            self._detach()
+            raise
 
     def on_fit_end(self) -> None:
         """Take the hooks off; the state stays."""

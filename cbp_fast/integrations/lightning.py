@@ -26,8 +26,8 @@ class ContinualBackpropCallback(Callback):
     """Attaches a `ContinualBackprop` to the module that is fitted, and takes it off afterwards.
 
     It steps after the optimizers that train the model; checkpoints hold its state, and a resumed run is the
-    uninterrupted one bit for bit. One callback serves one module; a further fit goes on from the state so far. Several
-    submodules want a callback each.
+    uninterrupted one bit for bit. One callback serves one module; a further fit goes on as after `refresh`: groups of
+    the same name and size, where a layer was frozen or a head added. Several submodules want a callback each.
 
     Logged, every `log_every_n_steps` of the Trainer, under ``continual_backprop/<group>/``: `replaced`, units replaced
     so far. Every `metrics_every_n_steps`, of what the readers of the group saw in that batch: `dormant`, the share of
@@ -40,7 +40,7 @@ class ContinualBackpropCallback(Callback):
         options: as of `ContinualBackprop`, of which `example_inputs` is by default the module's `example_input_array`.
 
     Attributes:
-        cbp: the `ContinualBackprop` while a fit lasts, else None.
+        cbp: the `ContinualBackprop` of the fit; after it, taken off, to look at; None before the first.
 
     Example:
         >>> trainer = Trainer(callbacks=[ContinualBackpropCallback(replacement_rate=1e-4)])
@@ -51,7 +51,11 @@ class ContinualBackpropCallback(Callback):
             raise ValueError(f"metrics_every_n_steps is {metrics_every_n_steps}, must be 0 or more")
         self.cbp: ContinualBackprop | None = None
         self._model, self._options, self._every = model, options, metrics_every_n_steps
-        self._kept: dict[str, Any] = {}
+        self._attached = False
+        self._adopting: RemovableHandle | None = None
+        # what goes on in a fit whose groups are still to be found: the state of a checkpoint, or the object of a fit
+        self._loaded: dict[str, Any] = {}
+        self._before: ContinualBackprop | None = None
         self._warned = False
         # the step from which on metrics are due, and what readers have seen in the batch that they are of
         self._next = 0
@@ -74,9 +78,17 @@ class ContinualBackpropCallback(Callback):
         example = self._options.get("example_inputs", None if self._model else pl_module.example_input_array)
         # as training has its batches
         example = trainer.precision_plugin.convert_input(move_data_to_device(example, pl_module.device))
-        self.cbp = ContinualBackprop(model, optimizers, **self._options | {"example_inputs": example})
-        if self._kept:
-            self.cbp.load_state_dict(self._kept)
+        cbp = ContinualBackprop(model, optimizers, **self._options | {"example_inputs": example})
+        try:
+            if self._loaded:
+                cbp.load_state_dict(self._loaded)
+            elif self.cbp is not None:
+                self._go_on(cbp, self.cbp, model)
+        except BaseException:
+            # what there was is there to go on from
+            cbp.remove()
+            raise
+        self.cbp, self._attached = cbp, True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at what the readers see in this batch, if it is time for metrics."""
@@ -120,20 +132,60 @@ class ContinualBackpropCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of continual backprop, for a checkpoint."""
-        return self.cbp.state_dict() if self.cbp is not None and self.cbp.groups else self._kept
+        if self._attached and self.cbp is not None and self.cbp.groups:
+            return self.cbp.state_dict()
+        before = self._before or self.cbp
+        return before.state_dict() if not self._loaded and before is not None and before.groups else self._loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint, which is there before the fit starts or after."""
-        self._kept = state_dict
-        if self.cbp is not None:
+        if self._attached and self.cbp is not None:
             self.cbp.load_state_dict(state_dict)
+        self._loaded, self._before = state_dict, None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take all hooks off where a fit ends otherwise, as the tuner's do; the state stays."""
+        self._detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy or a pickle has the state, and attaches when it is used itself
+        fresh = {"cbp": None, "_attached": False, "_before": None, "_adopting": None, "_loaded": self.state_dict()}
+        return {**self.__dict__, **fresh, "_watching": [], "_seen": {}}
 
     def _detach(self) -> None:
         self._unwatch()
-        self._kept = self.state_dict()
-        if self.cbp is not None:
-            self.cbp.remove()
-        self.cbp = None
+        if not self._attached or self.cbp is None:
+            return
+        self._attached = False
+        self.cbp.remove()
+        if self._adopting is not None:
+            self._adopting.remove()
+        if self.cbp.groups:
+            self._loaded = {}
+        elif self._before is not None:
+            self.cbp = self._before
+        self._before = None
+
+    def _go_on(self, cbp: ContinualBackprop, before: ContinualBackprop, model: nn.Module) -> None:
+        """Go on with the object of the fit before as `refresh` does, now or when there are groups."""
+        cbp._engine.set_hyper(**before._engine.hyper)
+        cbp.enabled = before.enabled
+        if not before.groups:
+            return
+        if cbp.groups:
+            cbp._engine.adopt(before._engine)
+            return
+        self._before = before
+
+        def adopt(module: nn.Module, args: Any, output: Any) -> None:
+            # a state that was loaded since is what counts
+            if self._before is not before or cbp.groups:
+                handle.remove()
+                if self._before is before:
+                    cbp._engine.adopt(before._engine)
+                    self._before = None
+
+        handle = self._adopting = model.register_forward_hook(adopt)
 
     def _warn(self, pl_module: LightningModule) -> None:
         model, scope = pl_module.get_submodule(self._model), self._model and f"{self._model}."

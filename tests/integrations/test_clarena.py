@@ -271,6 +271,22 @@ def test_state_dict_is_clarenas_and_its_checkpoints_load(rule, tmp_path):
     assert max(age.max() for age in ours.age.values()) == 20
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_that_does_not_fit_is_not_lost(rule):
+    model = make(rule)
+    fit(model, 1)
+    kept = model._kept
+    groups = kept["groups"] | {"fc/1": kept["groups"]["fc/1"] | {"utility": torch.zeros(3)}}
+    model._kept = kept | {"groups": groups}
+    with pytest.raises(ValueError, match="utility of group 'fc/1'"):
+        fit(model, 2)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model._kept["groups"] is groups
+    model._kept = kept
+    fit(model, 2, new=False)
+    assert max(age.max() for age in model.age.values()) == 40
+
+
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )

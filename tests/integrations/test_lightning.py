@@ -1,6 +1,7 @@
 """`ContinualBackpropCallback` in Lightning's Trainer."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,8 @@ def test_hooks_are_gone_after_a_fit_and_after_one_that_failed():
     with pytest.raises(RuntimeError, match="no more"):
         fit(module, callback, callbacks=[Fail()])
     for _ in range(2):
-        assert callback.cbp is None
+        assert "removed" in repr(callback.cbp)
+        assert callback.cbp.age["fc"].max() > 0
         assert not any(m._forward_pre_hooks for m in module.modules())
         fit(module, callback)
     assert max(group["age"].max() for group in callback.state_dict()["groups"].values()) == 41
@@ -249,6 +251,95 @@ def test_groups_may_be_found_in_the_first_forward(tmp_path):
     again = ContinualBackpropCallback(**EAGER)
     fit(Chosen(), again, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert max(group["age"].max() for group in again.state_dict()["groups"].values()) == 40
+
+
+class Lazy(Module):
+    """What it takes cannot be told from its layers."""
+
+    def forward(self, x, scale=None):
+        return super().forward(x) if scale is None else scale * super().forward(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0], torch.ones(())), batch[1])
+
+
+class TwoHeads(Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList()
+
+    def forward(self, x):
+        h = self.norm(self.fc(torch.flatten(self.conv(x).relu(), 1))).relu()
+        return sum([head(h) for head in self.heads], self.head(h))
+
+
+def freeze(module):
+    module.conv.requires_grad_(False)
+
+
+def add_a_head(module):
+    module.heads.append(nn.Linear(12, 2))
+
+
+def widen(module):
+    module.conv, module.fc = nn.Conv2d(1, 5, 3), nn.Linear(5 * 4, 12)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "goes_on"),
+    [
+        (Module, freeze, {"fc"}),
+        (Lazy, freeze, {"fc"}),
+        (TwoHeads, add_a_head, {"conv", "fc"}),
+        (Module, widen, {"fc"}),
+        (Lazy, widen, {"fc"}),
+        (Lazy, lambda module: None, {"conv", "fc"}),
+    ],
+)
+def test_a_fit_of_a_changed_network_goes_on_as_refresh_does(make, change, goes_on, tmp_path):
+    module, callback = make(), ContinualBackpropCallback(seed=3, **EAGER | {"replacement_rate": 0.001})
+    fit(module, callback)
+    before = callback.cbp.num_replaced
+    callback.cbp.replacement_rate = 0.0
+    change(module)
+    trainer = fit(module, callback)
+    assert callback.cbp.replacement_rate == 0.0
+    assert goes_on <= set(callback.cbp.age)
+    for name, age in callback.cbp.age.items():
+        assert int(age.max()) == (40 if name in goes_on else 20)
+        assert callback.cbp.num_replaced[name] == (before[name] if name in goes_on else 0)
+    # and what goes on is what a checkpoint holds
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = ContinualBackpropCallback(seed=3, **EAGER)
+    twin = copy.deepcopy(module)
+    fit(twin, again, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert max(int(age.max()) for age in again.cbp.age.values()) == 60
+
+
+def test_a_state_that_does_not_fit_is_not_lost(tmp_path):
+    callback = ContinualBackpropCallback(**EAGER)
+    trainer = fit(Module(), callback)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again, other = ContinualBackpropCallback(**EAGER), Module()
+    widen(other)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    again.load_state_dict(copy.deepcopy(saved))
+    with pytest.raises(ValueError, match="group 'conv'"):
+        fit(other, again)
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    torch.testing.assert_close(again.state_dict()["groups"], saved["groups"], rtol=0, atol=0)
+    fit(Module(), again)
+    assert max(int(age.max()) for age in again.cbp.age.values()) == 40
+
+
+def test_a_copy_of_the_callback_has_its_state():
+    module, callback = Module(), ContinualBackpropCallback(**EAGER)
+    fit(module, callback)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(callback)))
+    torch.testing.assert_close(twin.state_dict()["groups"], callback.state_dict()["groups"], rtol=0, atol=0)
+    assert twin.cbp is None
+    fit(module, twin)
+    assert max(int(age.max()) for age in twin.cbp.age.values()) == 40
 
 
 def test_bad_arguments_are_named():

@@ -1,39 +1,32 @@
 """The recipes of the README: the Hugging Face Trainer, and PPO in one file as CleanRL writes it."""
 
-import os
+import contextlib
+import re
+from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from torch import nn
 from torch.distributions import Categorical
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import cbp_fast
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
+(CODE,) = re.findall(r"```python\n(class ContinualBackpropCallback\(transformers.*?)```", README, re.DOTALL)
 
-class ContinualBackpropCallback(TrainerCallback):
-    """For `Trainer(callbacks=[...])`; in the checkpoints, too."""
 
-    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
-        groups = [
-            cbp_fast.UnitGroup(f"mlp{i}", [layer.intermediate.dense], [layer.output.dense])
-            for i, layer in enumerate(model.bert.encoder.layer)
-        ]
-        # the Trainer hands out accelerate's wrapper
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.cbp = cbp_fast.ContinualBackprop(
-            model, optimizer, groups=groups, replacement_rate=0.01, maturity_threshold=3, seed=0
-        )
-        if os.path.exists(path := self.path(args, state)):
-            self.cbp.load_state_dict(torch.load(path))
+def callback_of_the_readme():
+    """It, word for word but for rates by which something happens in a few steps."""
+    names = {"transformers": transformers, "cbp_fast": cbp_fast, "torch": torch}
+    exec(CODE.replace("seed=0", "seed=0, replacement_rate=0.01, maturity_threshold=3"), names)
+    return names["ContinualBackpropCallback"]()
 
-    def on_save(self, args, state, control, **kwargs):
-        torch.save(self.cbp.state_dict(), self.path(args, state))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.cbp.remove()
-
-    def path(self, args, state):
-        return f"{args.output_dir}/checkpoint-{state.global_step}/continual_backprop.pt"
+def bert(layers=2):
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=8, **sizes))
 
 
 def test_hugging_face_trainer(tmp_path):
@@ -42,8 +35,7 @@ def test_hugging_face_trainer(tmp_path):
 
     def train(**options):
         torch.manual_seed(1)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=8, **sizes))
+        model = bert()
         args = TrainingArguments(
             str(tmp_path),
             max_steps=20,
@@ -54,7 +46,7 @@ def test_hugging_face_trainer(tmp_path):
             use_cpu=True,
             disable_tqdm=True,
         )
-        callback = ContinualBackpropCallback()
+        callback = callback_of_the_readme()
         Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train(**options)
         return model, callback.cbp
 
@@ -65,6 +57,40 @@ def test_hugging_face_trainer(tmp_path):
     resumed, again = train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert again.num_replaced == cbp.num_replaced
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+class Fails(transformers.TrainerCallback):
+    """Ends the first train() in its second step."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.mark.parametrize(
+    "error", [None, KeyboardInterrupt(), ValueError("in the middle"), RuntimeError("CUDA out of memory.")], ids=repr
+)
+def test_hugging_face_trainer_goes_on_from_task_to_task(error, tmp_path):
+    dataset = [{"input_ids": torch.randint(0, 50, (7,)), "labels": i % 2} for i in range(64)]
+    model, callback, fails = bert(layers=1), callback_of_the_readme(), Fails(error)
+    memory = isinstance(error, RuntimeError)
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=8, auto_find_batch_size=memory, **options
+    )
+    ages = []
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt, ValueError):
+            Trainer(model, args, train_dataset=dataset, callbacks=[callback, fails]).train()
+        ages.append(int(callback.cbp.age["mlp0"].max()))
+    first = 4 if error is None else 6 if memory else 2
+    assert ages == [first, first + 4, first + 8]
+    assert callback.cbp.num_replaced["mlp0"] > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 class Agent(nn.Module):

@@ -1,0 +1,194 @@
+"""What the trace makes of one operation: which factors claim data, which indices choose, what is a mix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net
+from torch import nn
+
+from cbp_fast.discovery import explain, find_unit_groups
+
+X = torch.randn(4, 6)
+
+
+def net(function, **layers):
+    return Net(function, **layers)
+
+
+def layers(*sizes, **more):
+    return {name: nn.Linear(*size) for name, size in zip("abcd", sizes, strict=False)} | more
+
+
+# x [4, 6]; what is a group of a: 6 -> 6 that head: 6 -> 3 reads
+GATES = {
+    "tanh": (torch.tanh, True),
+    "silu": (F.silu, True),
+    "relu": (F.relu, True),
+    "of a comparison that zero fails": (lambda h: h > 0, True),
+    "clamped around zero": (lambda h: h.clamp(-1, 1), True),
+    "of a comparison that zero passes": (lambda h: h >= 0, False),
+    "sigmoid": (torch.sigmoid, False),
+    "one minus": (lambda h: 1 - torch.tanh(h), False),
+    "exp": (torch.exp, False),
+    "softplus": (F.softplus, False),
+    "clamped above zero": (lambda h: h.clamp(min=0.1), False),
+    "to the power of zero": (lambda h: h**0, False),
+    "with a constant": (lambda h: h + torch.ones(6), False),
+    "with a parameter": (lambda h: h + nn.Parameter(torch.ones(6)), False),
+    "softmax over the batch": (lambda h: h.softmax(0), False),
+    "layer norm": (lambda h: F.layer_norm(h, (6,)), False),
+    "log-sum-exp of the batch": (lambda h: h.logsumexp(0, keepdim=True), False),
+    "mean of the batch": (lambda h: h.mean(0, keepdim=True), True),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_claims_data_where_it_vanishes_with_its_unit(name):
+    gate, vanishes = GATES[name]
+    model = net(lambda m, x: m.b(gate(m.a(x)) * x), **layers((6, 6), (6, 3)))
+    assert [g.name for g in find_unit_groups(model, X)] == ["a"] * vanishes
+    # units gate each other whatever they are at zero
+    model = net(lambda m, x: m.b(gate(m.a(x)) * m.c(x)), **layers((6, 6), (6, 3), (6, 6)))
+    assert [g.name for g in find_unit_groups(model, X)] == ["a"]
+
+
+CHOICES = {
+    "batch by data": (lambda h, x: h[(x[:, 0] > 0).long()], True),
+    "batch by data, masked": (lambda h, x: F.pad(h[x[:, 0] > -9], (0, 0, 0, 0)), True),
+    "batch at random": (lambda h, x: h[torch.randperm(4)], True),
+    "features by data": (lambda h, x: h.gather(1, (x.abs() * 2).long().clamp(0, 5)), False),
+    "features by data, as index": (lambda h, x: h[:, (x[0].abs() * 2).long().clamp(0, 5)], False),
+    "features at random": (lambda h, x: h[:, torch.randperm(6)], False),
+    "features of a random half, others next to them": (
+        lambda h, x: torch.where(torch.rand(6) > 0.5, h, h.roll(1, 1)),
+        False,
+    ),
+    "features in a fixed order, reversed": (lambda h, x: h[:, torch.arange(5, -1, -1)].flip(1), True),
+    "written where data says": (lambda h, x: torch.zeros(4, 6).index_put(((x[:, 0] > 0).long(),), h), True),
+    "written to features where data says": (
+        lambda h, x: torch.zeros(4, 6).index_put((torch.arange(4)[:, None], (x.abs() * 2).long().clamp(0, 5)), h),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_an_index_of_data_chooses_may_be_any(name):
+    choose, right = CHOICES[name]
+    model = net(lambda m, x: m.b(choose(m.a(x), x)), **layers((6, 6), (6, 3)))
+    assert [g.name for g in find_unit_groups(model, X)] == ["a"] * right
+
+
+# trunk features that many units make, [4, 6]
+MIXES = {
+    "maxout": lambda m, x: m.a(x).view(4, 6, 3).amax(-1),
+    "attention without projections": lambda m, x: (m.c(x) @ m.c(x).T).softmax(-1) @ m.c(x),
+    "gram matrix": lambda m, x: x @ (m.c(x).T @ m.c(x)),
+    "norm by hand": lambda m, x: m.c(x) / m.c(x).norm(dim=-1, keepdim=True),
+    "hypernetwork": lambda m, x: (m.c(x)[:, None] @ m.weights(x).view(4, 6, 6))[:, 0],
+    "pooled features": lambda m, x: F.avg_pool1d(m.a(x), 3),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_column_of_a_mix_is_no_unit_s(name):
+    model = net(
+        lambda m, x: m.head((t := MIXES[name](m, x)) + m.down(F.relu(m.up(t)))),
+        a=nn.Linear(6, 18),
+        c=nn.Linear(6, 6),
+        weights=nn.Linear(6, 36),
+        up=nn.Linear(6, 8),
+        down=nn.Linear(8, 6),
+        head=nn.Linear(6, 3),
+    )
+    names = [g.name for g in find_unit_groups(model, X, include_coupled=True, unreached_ok=True)]
+    assert names == ["up"]
+
+
+SHARED = {
+    "query and key": lambda m, x: F.scaled_dot_product_attention(m.a(x), m.a(x), m.b(x)),
+    "key and value": lambda m, x: F.scaled_dot_product_attention(m.b(x), m.a(x), m.a(x)),
+    "all three": lambda m, x: F.scaled_dot_product_attention(m.a(x), m.a(x), m.a(x)),
+    "a mask": lambda m, x: F.scaled_dot_product_attention(x, x, m.a(x), attn_mask=(m.a(x) @ x.mT) > 0),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_layer_that_decides_the_attention_is_refused(name):
+    model = net(lambda m, x: m.c(SHARED[name](m, x)), a=nn.Linear(6, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3))
+    x = torch.randn(2, 5, 6)
+    assert "a" not in [g.name for g in find_unit_groups(model, x, unreached_ok=True)]
+    assert "its features are mixed by" in explain(model, x)
+
+
+SECOND = {
+    "bias": (lambda m: m.a.bias, "'a.bias' is used in two ways: bias, sum"),
+    "scale of a norm": (lambda m: m.norm.weight, "'norm.weight' is used in two ways: norm, sum"),
+    "shift of a norm": (lambda m: m.norm.bias, "'norm.bias' is used in two ways: norm, sum"),
+    "statistics": (lambda m: m.norm.running_var, "'norm.running_var' is used in two ways: norm, sum"),
+    "weight": (lambda m: m.a.weight, "'a.weight' is used in two ways: matrix product, sum"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_uses_are_refused(name):
+    use, reason = SECOND[name]
+    model = net(lambda m, x: m.b(m.norm(m.a(x))) + use(m).sum(), **layers((6, 6), (6, 3)), norm=nn.BatchNorm1d(6))
+    assert find_unit_groups(model, X) == []
+    assert reason in explain(model, X)
+
+
+def test_two_halves_of_one_parameter_are_no_bias_of_each_other():
+    model = net(
+        lambda m, x: m.b(F.relu(m.a(x))) + m.c(sum(m.queries.weight.split(6, 1))).sum(),
+        **layers((6, 6), (6, 3), (6, 6)),
+        queries=nn.Embedding(5, 12),
+    )
+    assert "a" in [g.name for g in find_unit_groups(model, X)]
+
+
+class NormAct(nn.BatchNorm1d):
+    """As timm's: a norm with an activation in it."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training).relu()
+
+
+class OnePlus(nn.LayerNorm):
+    """Its entries mean something else."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias)
+
+
+def test_norms_that_add_something_are_norms():
+    model = nn.Sequential(nn.Linear(6, 6), NormAct(6), nn.Linear(6, 3))
+    (group,) = find_unit_groups(model, X)
+    assert group.norms == ("1",)
+    model = nn.Sequential(nn.Linear(6, 6), OnePlus(6), nn.Linear(6, 3))
+    assert find_unit_groups(model, X) == []
+    assert "'1.weight' is used in two ways: norm, add in '1' (OnePlus)" in explain(model, X)
+
+
+def test_a_scan_takes_time_in_proportion(monkeypatch):
+    # mixes of mixes were walked anew for each: counted in nodes, which repeat where times do not
+    from cbp_fast import nodes
+
+    looked_at = []
+    leaves = nodes.Nodes.leaves
+    monkeypatch.setattr(nodes.Nodes, "leaves", lambda self, ids: (looked_at.append(len(ids)), leaves(self, ids))[1])
+
+    def forward(m, x):
+        u, (b, c), h, ys = F.silu(m.a(x)), m.c(x).chunk(2, -1), 0, []
+        for t in range(x.shape[1]):
+            h = torch.exp(-F.softplus(m.d(u[:, t]))[..., None]) * h + u[:, t, :, None] * b[:, t, None]
+            ys.append((h * c[:, t, None]).sum(-1))
+        return m.b(torch.stack(ys, 1))
+
+    counts = []
+    for length in (8, 16, 32):
+        model = net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3), c=nn.Linear(6, 8), d=nn.Linear(8, 8))
+        looked_at.clear()
+        find_unit_groups(model, torch.randn(2, length, 6))
+        counts.append(sum(looked_at))
+    assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
