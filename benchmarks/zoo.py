@@ -3,10 +3,10 @@
     make zoo
     .venv-zoo/bin/python benchmarks/zoo.py --only timm/vit    # one model, all that is known of it
 
-Every model of zoo_models.py is built twice. One copy is run, for the time and the memory of a forward (with gradients, in
-one thread). The other, which has never run, is looked at by `find_unit_groups`; all that can be reached from it
-(tensors, attributes, containers, configs) is compared before and after; then `verify_unit_group` checks each group.
-Records are appended to a file of JSON lines, and a run goes on where one was stopped.
+Every model of zoo_models.py is built twice. One copy is run, for the CPU time and the memory of a forward (with
+gradients, in one thread). The other, which has never run, is looked at by `find_unit_groups`; all that can be reached
+from it (tensors, attributes, containers, configs) is compared before and after; then `verify_unit_group` checks each
+group. Records are appended to a file of JSON lines, and a run goes on where one was stopped.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def differences(before: dict[str, tuple[str, Any]], after: dict[str, tuple[str, 
 
 
 def spread(libraries: Sequence[str]) -> list[tuple[str, str]]:
-    """All models, in an order of which every beginning is an even sample of each library, of large ones a smaller share."""
+    """All models, so ordered that every beginning is an even sample of each library, a smaller share of large ones."""
     ranked = []
     for library in libraries:
         every = zoo_models.names(library)
@@ -416,11 +416,12 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     out = ["# Other people's models", "", f"`make zoo`, one thread: {names}. {remark}".strip(), "", *table(rows), ""]
     out += [
-        f"Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge. Changed: anything that "
-        "can be reached from the model is otherwise after `find_unit_groups`. Seconds and forwards: of discovery, in "
-        f"seconds and in forwards. Too slow: more than {FORWARDS} forwards and than {SECONDS:.0f} s; too large: more than "
-        f"{MEMORY_FORWARDS} times the memory of a forward and than {MEGABYTES:.0f} MB. Crashes: discovery raised an "
-        "exception where a forward had run; they blame the user if they say that the forward does not run.",
+        "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge. Changed: something "
+        "that can be reached from the model is otherwise after `find_unit_groups`. Seconds and forwards: CPU time of "
+        f"discovery, in seconds and in forwards. Too slow: more than {FORWARDS} forwards and than {SECONDS:.0f} s; too "
+        f"large: more than {MEMORY_FORWARDS} times the memory of a forward and than {MEGABYTES:.0f} MB. Crashes: "
+        "discovery raised an exception where a forward had run; they blame the user if they say that the forward does "
+        "not run.",
         "",
     ]
     for title, kept, why in (
@@ -439,7 +440,7 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
     reasons: dict[str, list[str]] = {}
     for r in records:
         if r["stage"] in ("build", "forward"):
-            reason = (r.get("ended") or r.get("error", "")).splitlines()[0][:140] if r.get("ended") or r.get("error") else ""
+            reason = (r.get("ended") or r.get("error") or "nothing said").splitlines()[0][:140]
             reasons.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{r['library']}/{r['name']}")
     if reasons:
         several = sorted(reasons.items(), key=lambda item: -len(item[1]))
@@ -465,7 +466,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--limit", type=float, default=60, help="seconds of CPU time for a model")
     parser.add_argument("--verify-seconds", type=float, default=20, help="after which no more groups are verified")
-    parser.add_argument("--total", type=float, default=0, help="seconds after which no more models are begun, of which those looked at are an even sample")
+    parser.add_argument(
+        "--total",
+        type=float,
+        default=0,
+        help="seconds after which no more are begun: an even sample of all models",
+    )
     parser.add_argument("--gigabytes", type=int, default=6, help="memory for a model")
     parser.add_argument("--out", type=Path, default=Path("build/zoo.jsonl"), help="records; those there are kept")
     parser.add_argument("--report", type=Path, help="write the tables there, and the records beside them")
@@ -500,7 +506,10 @@ def main() -> None:
         versions = {"cbp_fast": cbp_fast.__version__, **{p: version(p) for p in packages}}
         options.report.write_text(report(records, counts, versions, options.remark))
         options.report.with_suffix(".json").write_text(
-            "{" + f'"versions": {json.dumps(versions)},\n"models": [\n' + ",\n".join(map(json.dumps, records)) + "\n]}\n"
+            "{"
+            + f'"versions": {json.dumps(versions)},\n"models": [\n'
+            + ",\n".join(map(json.dumps, records))
+            + "\n]}\n"
         )
 
 

@@ -263,7 +263,9 @@ def _transformers_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     takes = list(inspect.signature(model.forward).parameters)
     ids = integers(2, TOKENS, low=40)
     size = _find(config, "image_size", "img_size", "input_size", "sample_size") or IMAGE
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:] if not isinstance(size, dict) else (32, 32)
+    height, width = (
+        (size, size) if isinstance(size, int) else tuple(size)[-2:] if not isinstance(size, dict) else (32, 32)
+    )
     channels = _find(config, "num_channels", "in_channels", "in_chans") or 3
     channels = channels if isinstance(channels, int) else 3
     image = numbers(2, channels, height, width)
@@ -386,7 +388,11 @@ def _diffusers_classes() -> dict[str, Any]:
     for name in sorted(set(dir(diffusers)) | set(dir(diffusers.models))):
         with contextlib.suppress(Exception):
             value = getattr(diffusers, name, None) or getattr(diffusers.models, name)
-            if isinstance(value, type) and issubclass(value, diffusers.ModelMixin) and value is not diffusers.ModelMixin:
+            if (
+                isinstance(value, type)
+                and issubclass(value, diffusers.ModelMixin)
+                and value is not diffusers.ModelMixin
+            ):
                 found[value.__name__] = value
     return found
 
@@ -443,7 +449,7 @@ def _diffusers_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     side = min(get("sample_size", default=16), 16)
     text = get(
         "cross_attention_dim", "joint_attention_dim", "text_embed_dim", "caption_channels", "text_dim", "cap_feat_dim",
-        "encoder_hid_dim", "text_dim", "in_channels_t", "context_dim", "text_encoder_dim", "condition_dim", default=inner,
+        "encoder_hid_dim", "in_channels_t", "context_dim", "text_encoder_dim", "condition_dim", default=inner,
     )  # fmt: skip
     parameters = inspect.signature(model.forward).parameters
     sequence, words = side * side // 4, 8
@@ -511,7 +517,9 @@ def _geometric_names() -> list[str]:
 def _geometric_arguments(function: Any, **sizes: Any) -> dict[str, Any]:
     """Arguments without a default, by name."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: sizes[p.name] for p in parameters if p.name in sizes and (p.default is p.empty or p.name == "edge_dim")}
+    return {
+        p.name: sizes[p.name] for p in parameters if p.name in sizes and (p.default is p.empty or p.name == "edge_dim")
+    }
 
 
 class GraphNet(nn.Module):
@@ -584,7 +592,15 @@ def _build_geometric(name: str) -> Built:
         looked_at = model.layers[0] if is_layer else model
         parameters = inspect.signature(looked_at.forward).parameters
         needed = [n for n, p in parameters.items() if p.default is p.empty and n in given]
-        for more in ((), ("edge_attr",), ("edge_type",), ("edge_type", "edge_attr"), ("pseudo",), ("edge_index",), ("batch",)):
+        for more in (
+            (),
+            ("edge_attr",),
+            ("edge_type",),
+            ("edge_type", "edge_attr"),
+            ("pseudo",),
+            ("edge_index",),
+            ("batch",),
+        ):
             yield {n: given[n] for n in dict.fromkeys((*needed, *more)) if n in parameters}
 
     return first_that_runs(map(way, (1, 2)), inputs_of)
@@ -691,11 +707,18 @@ def _build_x_transformers(name: str) -> Built:
         ),
         "encoder-decoder": (
             lambda: x.XTransformer(
-                dim=32, enc_num_tokens=VOCABULARY, enc_depth=2, enc_heads=4, enc_max_seq_len=16,
-                dec_num_tokens=VOCABULARY, dec_depth=2, dec_heads=4, dec_max_seq_len=16,
+                dim=32,
+                enc_num_tokens=VOCABULARY,
+                enc_depth=2,
+                enc_heads=4,
+                enc_max_seq_len=16,
+                dec_num_tokens=VOCABULARY,
+                dec_depth=2,
+                dec_heads=4,
+                dec_max_seq_len=16,
             ),
             (ids, ids),
-        ),  # fmt: skip
+        ),
         "layers tied": (lambda: wrapped(x.Decoder(weight_tie_layers=True, **common)), (ids,)),
     }
     if name in plain:
@@ -779,8 +802,7 @@ def _build_vit(name: str) -> Built:
         ("stages", lambda: model_class(**arguments(**stages))),
         ("no size given", lambda: model_class(**{k: v for k, v in arguments().items() if k != "image_size"})),
         ("four stages", lambda: model_class(**arguments(depth=(1, 1, 1, 1), heads=(1, 2, 4, 8)))),
-        ("mobile", lambda: model_class(
-            image_size=(64, 64), dims=[16, 24, 32], num_classes=5, channels=[8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 32])),
+        ("mobile", lambda: model_class((64, 64), [16, 24, 32], [8] * 2 + [16] * 8 + [32], 5)),
     ]  # fmt: skip
 
     def inputs_of(model: nn.Module) -> Iterator[tuple[Any, ...]]:
@@ -798,7 +820,11 @@ def _build_vit(name: str) -> Built:
 
 LIBRARIES: dict[str, Library] = {
     "transformers": Library(
-        "transformers", ("transformers.models.bert.modeling_bert", "transformers.models.clip.modeling_clip"), lambda: list(_transformers_classes()), _build_transformers),
+        "transformers",
+        ("transformers.models.bert.modeling_bert", "transformers.models.clip.modeling_clip"),
+        lambda: list(_transformers_classes()),
+        _build_transformers,
+    ),
     "timm": Library("timm", ("timm",), _timm_names, _build_timm),
     "diffusers": Library("diffusers", ("diffusers",), lambda: list(_diffusers_classes()), _build_diffusers),
     "torch-geometric": Library("torch-geometric", ("torch_geometric.nn",), _geometric_names, _build_geometric),
