@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, several_processes, unwrapped
 from .dtensors import is_dtensor
-from .engine import Engine, Rates, check_hyper, check_options, is_observed, step_together
-from .optimizer_state import inside_step, skipped
+from .engine import Engine, Rates, checked_hyper, checked_seed, checked_state, described, is_observed, step_together
+from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
+from .running import Given
 from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, own_tensors, resolve, shared_memory
 
 
@@ -92,17 +94,23 @@ class _Round:
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         self.everyone = frozenset(map(id, optimizers))
-        self.waiting, self.stepped = set(self.everyone), False
+        # of a round that has begun
+        self.waiting: set[int] = set()
+        self.stepped = False
 
-    def after(self, optimizer: Optimizer) -> bool | None:
+    def is_last(self, optimizer: Optimizer) -> bool:
+        """Whether all the others have stepped."""
+        return (self.waiting or self.everyone) <= {id(optimizer)}
+
+    def after(self, optimizer: Optimizer, was_skipped: bool) -> bool | None:
         """Whether there was an update, once all optimizers have stepped; before that None."""
+        # not when the last one ends: an interrupt there would move the next rounds
+        if not self.waiting:
+            self.stepped = False
+            self.waiting = set(self.everyone)
         self.waiting.discard(id(optimizer))
-        self.stepped |= not skipped(optimizer)
-        if self.waiting:
-            return None
-        self.waiting |= self.everyone
-        stepped, self.stepped = self.stepped, False
-        return stepped
+        self.stepped |= not was_skipped
+        return None if self.waiting else self.stepped
 
 
 class _Awaited:
@@ -115,18 +123,22 @@ class _Awaited:
     why_not_triton = None
     processes = None
 
-    def __init__(self, hyper: dict[str, float], capture: str) -> None:
-        check_hyper(hyper)
-        self.hyper = hyper
+    def __init__(self, rule: Rule, hyper: dict[str, float], capture: str) -> None:
+        self.rule = rule
+        self.hyper = checked_hyper(hyper)
+        # less what was loaded
+        self.set = dict(self.hyper)
         self.capture = capture
         self.enabled = True
-        self.kept: Mapping[str, Any] | None = None
+        self.kept: dict[str, Any] | None = None
         nothing = torch.zeros(0)
         self.state = SimpleNamespace(layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing)
 
     def set_hyper(self, **values: float) -> None:
-        check_hyper(values)
-        self.hyper.update(values)
+        checked = checked_hyper(values)
+        for rates in (self.set, self.hyper, self.kept):
+            if rates is not None:
+                rates.update(checked)
 
     def to(self, device: torch.device) -> None:
         """Nothing is anywhere yet."""
@@ -135,7 +147,7 @@ class _Awaited:
         """Nothing is chosen yet."""
         return 0
 
-    def finish(self) -> None:
+    def forget_forwards(self) -> None:
         """Nothing is held yet."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,11 +156,15 @@ class _Awaited:
                 "the unit groups are found in the first training forward, so there is no state yet; with "
                 "example_inputs they are found when attaching"
             )
-        return dict(self.kept)
+        return copy.deepcopy(self.kept)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.kept = state_dict
-        self.set_hyper(**{key: state_dict[key] for key in self.hyper})
+        """Keep a copy, of which all is checked but which groups there are."""
+        own = {"rule": described(self.rule), **self.hyper, "seed": 0, "step": 0, "groups": None}
+        measured = {"deviations": None} if self.rule.init == "as_attached" else {}
+        kept = checked_state(state_dict, own | measured)
+        self.hyper = {key: kept[key] for key in self.hyper}
+        self.kept = kept
 
 
 class ContinualBackprop(Rates, Joinable):
@@ -235,14 +251,14 @@ class ContinualBackprop(Rates, Joinable):
             "maturity_threshold": maturity_threshold,
             "decay_rate": decay_rate,
         }
-        check_options(capture, seed)
+        self._seed = checked_seed(capture, seed)
         try:
             self._attach(self._resolve(), **hyper, capture=capture)
         except NeedsInputs:
             # in a forward, parameters that processes hold parts of are not what they are in a step
             if any(is_dtensor(p) for p in model.parameters()):
                 raise
-            self._engine = cast(Engine, _Awaited(hyper, capture))
+            self._engine = cast(Engine, _Awaited(self._rule, hyper, capture))
             self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
         self._heard = False
         self._follow_optimizers()
@@ -250,6 +266,8 @@ class ContinualBackprop(Rates, Joinable):
     def _follow_optimizers(self) -> None:
         self._round = _Round(self._optimizers)
         self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
+        if self._optimizers:
+            watch_skips(self)
         if several_processes():
             self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
 
@@ -298,12 +316,17 @@ class ContinualBackprop(Rates, Joinable):
         """Find the groups by what a training forward is given, and observe it already."""
         awaited, (hook,), given = cast(_Awaited, self._engine), self._hooks, self._given
         hook.remove()
-        self._given = (None, lambda model: model(*args, **kwargs))
+        self._given = (None, Given(args, kwargs))
+        misfit: ValueError | None = None
         try:
             self._attach(self._resolve(), **awaited.hyper, capture=awaited.capture)
             self._engine.enabled = awaited.enabled
             if awaited.kept is not None:
-                self._engine.load_state_dict(awaited.kept)
+                try:
+                    self._engine.load_state_dict(awaited.kept)
+                except ValueError as error:
+                    misfit = error
+                    self._engine.set_hyper(**awaited.set)
         except BaseException:
             # the next forward tries again
             for handle in self._hooks:
@@ -314,6 +337,11 @@ class ContinualBackprop(Rates, Joinable):
             raise
         finally:
             self._given = given
+        if misfit is not None:
+            raise ValueError(
+                f"what was loaded before the unit groups were found does not fit them, and training starts without it: "
+                f"{misfit}"
+            ) from misfit
 
     def refresh(
         self,
@@ -395,7 +423,7 @@ class ContinualBackprop(Rates, Joinable):
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # a closure has forwards of its own, and of several optimizers the others may be followed by some
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        last, engine = self._round.waiting <= {id(optimizer)}, self._engine
+        last, engine = self._round.is_last(optimizer), self._engine
         if engine.processes is None:
             return
         if closure is not None or not last or not self._hooks or not engine.enabled or engine.state.splits_sums:
@@ -406,13 +434,21 @@ class ContinualBackprop(Rates, Joinable):
             engine.begin()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._follow(optimizer, skipped(optimizer))
+
+    def _after_skipped_step(self, optimizer: Optimizer) -> None:
+        if any(optimizer is mine for mine in self._optimizers):
+            self._follow(optimizer, was_skipped=True)
+
+    def _follow(self, optimizer: Optimizer, was_skipped: bool) -> None:
         if not self._hooks:
             return
-        stepped = self._round.after(optimizer)
+        stepped = self._round.after(optimizer, was_skipped)
         if stepped:
             self.step()
-        elif stepped is not None and self._engine.processes is not None:
-            self._engine.await_sums()
+        elif stepped is not None:
+            # of an update that was none nothing counts
+            self._engine.forget_forwards()
 
     def join_hook(self, **kwargs: Any) -> Any:
         """For `torch.distributed.algorithms.Join([ddp_model, cbp])`, where processes have more or less data.
@@ -437,6 +473,7 @@ class ContinualBackprop(Rates, Joinable):
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+        unwatch_skips(self)
         if not inside_step():
             for handle in self._optimizer_hooks:
                 handle.remove()

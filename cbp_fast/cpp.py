@@ -39,6 +39,10 @@ _capture = torch.ops.cbp_fast.capture_.default
 nbytes = _C.nbytes
 # what a list of tensors looks like in memory, on any device: its layout, and the addresses
 describe = _C.describe
+# copies a uint8 tensor to another, with no call of the dispatcher, which a mode might take for its own
+copy_ = _C.copy_
+# which tensor of a list cannot be written, and why
+unwritable = _C.unwritable
 
 
 def capture_(state: State, slot: int, h: Tensor) -> None:
@@ -51,8 +55,8 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
 
 
 def select_(state: State, weights: list[Tensor], held: list[Tensor], slots: list[int]) -> int:
-    """See `reference.select_`; keeps a copy in `state.backup`, and what it raises has changed nothing."""
-    return _C.select_(state.buffer, state.backup, state.plan, weights, held, slots)
+    """See `reference.select_`."""
+    return _C.select_(state.buffer, state.plan, weights, held, slots)
 
 
 def sum_(state: State, weights: list[Tensor], held: list[Tensor], slots: list[int]) -> None:
@@ -61,10 +65,15 @@ def sum_(state: State, weights: list[Tensor], held: list[Tensor], slots: list[in
 
 
 def choose_(state: State, weights: list[Tensor]) -> int:
-    """See `reference.choose_`; as `select_` in what it keeps."""
-    return _C.choose_(state.buffer, state.backup, state.plan, state.flat, weights)
+    """See `reference.choose_`."""
+    return _C.choose_(state.buffer, state.plan, state.flat, weights)
 
 
 def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
     """See `reference.reinit_`."""
     _C.reinit_(state.buffer, state.plan, tensors, regions)
+
+
+def check_reinit(state: State, regions: list[int], tensors: list[Tensor]) -> None:
+    """Raises what `reinit_` would raise, and changes nothing."""
+    _C.check_reinit(state.buffer, state.plan, tensors, regions)

@@ -7,15 +7,33 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from .elsewhere import Elsewhere, followed
 from .nodes import BASE, DATA, Nodes, scramble
 from .provenance import Exits, Trace
-from .running import Forward, forwards, guesses, storage_key, tensors_in, undivided, untouched, unwrapped
+from .running import (
+    Forward,
+    Given,
+    Preserving,
+    forwards,
+    guesses,
+    held_by,
+    numpy_state,
+    reseed,
+    runs_plainly,
+    same_path,
+    storage_key,
+    undivided,
+    untouched,
+    unwrapped,
+)
+from .snapshot import Snapshot, tensors_in
 from .unit_groups import (
     LAYERS,
     Part,
@@ -30,7 +48,7 @@ from .unit_groups import (
     read_width,
     resolve,
 )
-from .verification import verify_unit_group
+from .verification import check_memory, look
 
 
 class NeedsInputs(ValueError):
@@ -40,8 +58,11 @@ class NeedsInputs(ValueError):
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
 _IRREGULAR = " in no regular order"
-# forwards to take for one that chooses its path at random
+# forwards to take for one that chooses its path at random, and how many in a row may show nothing new
 _REPEATS = 8
+_ENOUGH = 4
+# batches of more samples are looked at by two and three of them
+_FEW = 8
 
 
 @dataclass
@@ -85,8 +106,10 @@ def find_unit_groups(
     The model runs once, in the mode it is in, and every element of every activation is followed: a unit is a row of a
     weight, and its features are where it is seen at the columns of other weights. Units that share a column, and so
     can be re-initialised only together, are one. What an operation without a rule touches is left out, as is all that
-    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, attributes, modes and random states stay
-    as they were, also if the forward raises; hooks of the user run.
+    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, modes, random states and all that the
+    model and the inputs hold in Python stay as they were, also if the forward raises (attributes of classes, globals,
+    iterators and what threads own are out of reach); hooks of the user run. Of batches of more than eight samples two
+    and three are looked at, where these take the path of the whole batch, which then runs once unfollowed.
 
     Args:
         model: the model; `torch.compile` and DistributedDataParallel are looked through.
@@ -100,6 +123,7 @@ def find_unit_groups(
         ignore_outputs: beginnings of the paths (``"[1]"``, ``"['hidden']"``) of outputs, or of attributes where
             activations are kept (``"body.last"``), on which nothing is trained: units may reach them.
         verify: check every group by :func:`verify_unit_group`, and leave out what fails; needs a model on real memory.
+            A group of which the check shows nothing is kept, and :func:`explain` says so.
 
     Returns:
         The groups in the order of forward(), each called after the first layer that makes its units; may be empty.
@@ -162,6 +186,8 @@ def _discover(
     with undivided(model) as divided:
         if divided and verify:
             raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
+        if verify:
+            check_memory(model)
         if example_inputs is None:
             trace, candidates, runs = _guess(model, ignored)
         else:
@@ -169,12 +195,14 @@ def _discover(
                 example_inputs = tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
             runs = forwards(example_inputs)
             try:
-                trace = _run(model, runs, ignored)
-            except Exception as error:  # the user's code may raise anything
+                trace, candidates = _given(model, runs, ignored)
+            except _NotFollowed as error:
+                cause = error.__cause__
+                if runs_plainly(model, runs):
+                    raise ValueError(_limitation(model, error)) from cause
                 raise ValueError(
-                    f"{type(model).__name__}.forward() does not run on the example_inputs given: {error}"
-                ) from error
-            candidates = _candidates(model, trace)
+                    f"{type(model).__name__}.forward() does not run on the example_inputs given: {cause}"
+                ) from cause
     unreached = [] if unreached_ok else _unreached(model, trace)
     for candidate in candidates:
         if not candidate.reason:
@@ -185,11 +213,12 @@ def _discover(
                 "reader); include_coupled=True takes them together"
             )
         if not candidate.reason and verify:
-            assert candidate.group is not None
-            try:
-                verify_unit_group(model, candidate.group, runs)
-            except ValueError as error:
-                candidate.reason = str(error)
+            assert candidate.resolved is not None
+            verdict = look(model, candidate.resolved, runs, ignored)
+            if verdict.failure:
+                candidate.reason = f"unit group '{candidate.resolved.name}' does not pass the check: {verdict.failure}"
+            elif verdict.unshown:
+                candidate.notes.append(f"the check showed nothing: {verdict.unshown}")
     taken = [candidate for candidate in candidates if not candidate.reason]
     remarks = [f"the path depends on {at}: only what was taken was seen" for at in trace.branches]
     return _Found(taken, _left_out(model, trace, candidates), remarks)
@@ -197,59 +226,179 @@ def _discover(
 
 def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate], list[Forward]]:
     """The trace and candidates for guessed inputs; batches of two sizes must agree."""
+    failed: _NotFollowed | None = None
     for small, large in guesses(model):
         try:
-            traces = [_run(model, [forward], ignored) for forward in (small, large)]
-        except Exception:
+            found = _agreed(model, [small], [large], ignored)
+        except _NotFollowed as error:
+            failed = error if failed is None and runs_plainly(model, [small, large]) else failed
             continue
-        candidates = [_candidates(model, trace) for trace in traces]
-        if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
-            return traces[0], candidates[0], [small]
+        if found:
+            return (*found, [small])
+    if failed is not None:
+        raise ValueError(_limitation(model, failed)) from failed.__cause__
     raise NeedsInputs(
         f"what {type(model).__name__}.forward() takes cannot be told from its layers: pass example_inputs, a small "
         "batch that it runs on"
     )
 
 
-def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) -> Trace:
+def _agreed(
+    model: nn.Module, small: Sequence[Forward], large: Sequence[Forward], ignored: tuple[str, ...]
+) -> tuple[Trace, list[_Candidate]] | None:
+    """The trace and candidates for small batches, if those of larger ones are the same."""
+    traces = [_run(model, runs, ignored) for runs in (small, large)]
+    candidates = [_candidates(model, trace) for trace in traces]
+    if [(c.group, c.reason) for c in candidates[0]] == [(c.group, c.reason) for c in candidates[1]]:
+        return traces[0], candidates[0]
+    return None
+
+
+def _given(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate]]:
+    """The trace and candidates for given inputs; of large batches some samples, where they take the same path."""
+    if any(isinstance(run, Given) and run.samples > _FEW for run in runs):
+        with contextlib.suppress(Exception):  # a few samples may be no input, and the user's code may raise anything
+            found = _shortened(model, runs, ignored)
+            if found:
+                return found
+    trace = _run(model, runs, ignored)
+    return trace, _candidates(model, trace)
+
+
+def _shortened(
+    model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]
+) -> tuple[Trace, list[_Candidate]] | None:
+    """What two and three samples of each batch show, if they agree and take the path of the whole batch."""
+    whole = [run for run in runs if isinstance(run, Given) and run.samples > _FEW]
+    paths: list[Any] = []
+    for orders in zip(*(run.orders() for run in whole)):  # noqa: B905 some have one order only
+        cuts: list[list[Forward]] = []
+        for k in (2, 3):
+            cut = dict(
+                zip(map(id, whole), (run.cut(order[:k]) for run, order in zip(whole, orders, strict=True)), strict=True)
+            )
+            if None in cut.values():
+                return None
+            cuts.append([cast(Forward, cut.get(id(run), run)) for run in runs])
+        found = _agreed(model, cuts[0], cuts[1], ignored)
+        if not found:
+            return None
+        if found[0].random:
+            # then no two forwards need take the same path
+            return found
+        paths = paths or [_path(model, run) for run in whole]
+        seen = [path for run, path in zip(runs, found[0].paths, strict=True) if any(run is w for w in whole)]
+        if all(same_path(path, run.samples, part, 2) for run, path, part in zip(whole, paths, seen, strict=True)):
+            return found
+    return None
+
+
+def _path(model: nn.Module, run: Forward) -> Any:
+    """The operations of a forward that is not followed."""
+    with _looking(model), untouched(model, *held_by(run)) as snapshot, Preserving(snapshot.tensors()) as mode:
+        try:
+            run(model)
+        finally:
+            mode.restore()
+    return mode.path
+
+
+class _NotFollowed(Exception):
+    """A forward raised under a trace; says where."""
+
+
+def _limitation(model: nn.Module, error: _NotFollowed) -> str:
+    return (
+        f"{type(model).__name__}.forward() runs, but cannot be followed (at or after {error}): {error.__cause__}. "
+        "This is a limitation of finding groups; they can be given by hand, as groups="
+    )
+
+
+@contextlib.contextmanager
+def _looking(model: nn.Module) -> Iterator[None]:
+    """How a model runs that is looked at: without compiling, with gradients."""
     compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
     torch.clear_autocast_cache()
-    with contextlib.ExitStack() as stack:
-        left = stack.enter_context(untouched(model))
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), eager:
+        yield
+
+
+def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) -> Trace:
+    with _disable_current_modes():
         trace = Trace(model)
-        stack.callback(trace.restore)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_looking(model))
         for handle in trace.watch():
             stack.callback(handle.remove)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for run in _repeated(runs, trace):
-            with trace, Exits(trace):
-                output = run(model)
-            for path, tensor in tensors_in(output):
-                if not path.startswith(ignored or ("\0",)):
-                    trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
-    for attribute, value in left:
-        for path, tensor in tensors_in(value, attribute, objects=False):
-            if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
-                trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
+        snapshot = stack.enter_context(untouched(model, *(held for run in runs for held in held_by(run))))
+        known = list(snapshot.tensors())
+        for run in runs:
+            paths = set[int]()
+            seed = again = 0
+            everything = False
+            while seed < _REPEATS and again < _ENOUGH:
+                before = random.getstate(), numpy_state()
+                with _disable_current_modes():
+                    trace.begin(known, everything)
+                try:
+                    _look(model, run, trace, snapshot, ignored)
+                except Exception as error:  # the user's code may raise anything
+                    raise _NotFollowed(trace.where) from error
+                finally:
+                    trace.restore()
+                    drawn = snapshot.drawn() or before != (random.getstate(), numpy_state())
+                    snapshot.restore()
+                path = hash(tuple(trace.path))
+                again = again + 1 if path in paths else 0
+                paths.add(path)
+                if len(paths) == 1 and not again:
+                    trace.paths.append(trace.path)
+                if drawn:
+                    trace.branches["random numbers of Python"] = None
+                repeated = drawn or trace.drawn
+                trace.random |= repeated
+                with _disable_current_modes():
+                    trace.end()
+                if trace.unsure and not everything:
+                    # look again, knowing what there is
+                    everything, again = True, 0
+                    continue
+                if not repeated:
+                    break
+                snapshot.reseed(seed)
+                reseed(seed)
+                seed += 1
     return trace
 
 
-def _repeated(runs: Sequence[Forward], trace: Trace) -> Iterator[Forward]:
-    """Every forward, and again from other random states if its path may depend on them."""
-    for run in runs:
-        for seed in range(_REPEATS):
-            python, own = random.getstate(), torch.get_rng_state()
-            yield run
-            drawn = random.getstate() != python
-            if drawn:
-                trace.branches["random numbers of Python"] = None
-            if not drawn and (not trace.branches or torch.equal(torch.get_rng_state(), own)):
-                break
-            random.seed(seed)
-            torch.manual_seed(seed)
+def _look(model: nn.Module, run: Forward, trace: Trace, snapshot: Snapshot, ignored: tuple[str, ...]) -> None:
+    """One forward, and what becomes of its activations."""
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with mode, Exits(trace, elsewhere=True):
+            yield
+
+    mode = Elsewhere(trace)
+    try:
+        with followed(enter), trace, Exits(trace):
+            output = run(model)
+    finally:
+        mode.looking = None
+    with _disable_current_modes():
+        _account(model, output, trace, snapshot, ignored)
+
+
+def _account(model: nn.Module, output: Any, trace: Trace, snapshot: Snapshot, ignored: tuple[str, ...]) -> None:
+    """Refuses the units that are returned, or kept."""
+    for path, tensor in tensors_in(output, inside=list(model.modules())):
+        if not path.startswith(ignored or ("\0",)):
+            trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
+    for attribute, value in snapshot.changed():
+        for path, tensor in tensors_in(value, attribute, inside=list(model.modules())):
+            if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
+                trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
 
 
 # from a trace to groups
@@ -376,6 +525,7 @@ def _connect(n: int, edges: Tensor) -> Tensor:
         root = new
 
 
+@_disable_current_modes()
 def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     """Units that the same layers make and read, in the order of forward()."""
     facts = _Facts(trace)

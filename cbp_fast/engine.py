@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
+import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from itertools import chain, compress
 from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
@@ -26,7 +29,7 @@ from .rules import Rule
 from .state import DTYPES, TRANSFER, State, TensorRef
 from .unit_groups import ResolvedGroup
 
-# what "auto" may hold of activations beyond their backward pass; what comes after is summed at once
+# what "auto" may hold of storages of activations beyond their backward pass; what comes after is summed at once
 _HELD_BYTES = {"auto": 4 * 2**20, "deferred": 2**62, "inline": -1}
 
 
@@ -52,12 +55,20 @@ def unobserved() -> Iterator[None]:
         _here.unobserved = before
 
 
+# of the Linear layers that the kernels read; what has more is read as two axes
+_MOST_AXES = 8
 _version_of = attrgetter("_version")
+_size_of = torch.UntypedStorage.nbytes
 _is_trained = attrgetter("requires_grad")
 
 
 class Engine:
     """Collects activations of the groups' readers and performs their steps; used by the attached object and layers.
+
+    A view keeps all of its storage, so that is what counts as held, once for all views of a step: what would bring
+    "auto" beyond 4 MiB of storages is summed in its forward, a small view of a large tensor too.
+
+    A step is whole or nothing, whatever ends it: see `_Journal`.
 
     Args:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
@@ -65,8 +76,6 @@ class Engine:
         processes: those that train the model together, if they are several.
         layer: the layer that it works for, for messages; empty for an attached object.
     """
-
-    _held_bytes: int
 
     def __init__(
         self,
@@ -82,13 +91,15 @@ class Engine:
         processes: Processes | None = None,
         layer: str = "",
     ) -> None:
-        check_options(capture, seed)
+        seed = checked_seed(capture, seed)
         seed = torch.initial_seed() if seed is None else seed
         device = self._device = _one_device(groups)
         self._wanted = backend
         self.layer = layer
         self.capture = capture
         self.enabled = True
+        # of a step, or of a forward's sums, under way
+        self._journal: _Journal | None = None
         self._room = _HELD_BYTES[capture]
         self._split = processes is not None and processes.split
         self.use(backend_for(device, backend, rule, self._split))
@@ -96,35 +107,44 @@ class Engine:
         self.processes = processes
         # of all processes, under way
         self._sums: Any = None
-        self.state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
-        if processes is not None and self.state.deviations:
+        self._state = State(rule, groups, seed=seed & (2**64 - 1), device=device, processes=processes)
+        if processes is not None and self._state.deviations:
             # copies of the model may only be made equal after this
-            self.state.deviations = processes.of_first(self.state.deviations)
+            self._state.deviations = processes.of_first(self._state.deviations)
         self._hyper = {"replacement_rate": 0.0, "maturity_threshold": 0.0, "decay_rate": 0.0}
         self.set_hyper(replacement_rate=replacement_rate, maturity_threshold=maturity_threshold, decay_rate=decay_rate)
-        self._owners = [ref.owner for ref in self.state.weights]
-        self._keys = [ref.key for ref in self.state.weights]
-        self._in_parts = any(ref.place.is_dtensor for ref in self.state.weights) or any(
-            region.ref.place.is_dtensor for region in self.state.regions
+        self._owners = [ref.owner for ref in self._state.weights]
+        self._keys = [ref.key for ref in self._state.weights]
+        self._in_parts = any(ref.place.is_dtensor for ref in self._state.weights) or any(
+            region.ref.place.is_dtensor for region in self._state.regions
         )
         self._regions: list[list[int]] = [[] for _ in groups]
-        for i, region in enumerate(self.state.regions):
+        for i, region in enumerate(self._state.regions):
             self._regions[region.group].append(i)
         # a slot whose activations were once changed in place after the forward is summed inline from then on
-        self._inline = [False] * len(self.state.slots)
+        self._inline = [False] * len(self._state.slots)
+        # the layer of each slot, and which of them a warning has named
+        self._names = [member.name for group in groups for member in group.outgoing]
+        self._said: set[int] = set()
         self.forget_forwards()
         self._prepare()
+
+    @property
+    def state(self) -> State:
+        """The state, after a step that was cut short has been finished or taken back."""
+        if self._journal is not None:
+            self._journal.settle()
+        return self._state
 
     def _prepare(self) -> None:
         """Let the backend compile what it will run, where that takes long."""
         if self._backend == "triton":
-            prepare_triton(self.state, self.capture != "deferred")
+            prepare_triton(self._state, self.capture != "deferred")
 
     def use(self, backend: str) -> None:
         """Take the functions of a backend, which has to serve the rule and the device."""
         self._backend = backend
         self._functions = functions_of(backend)
-        self._nbytes = cpp.nbytes if backend == "cpp" else partial(_nbytes, self._device)
         # nothing is read back from a device: all is checked, and gathered, before anything runs there
         self.chooses_alone = backend == "triton" or self._device.type != "cpu"
         self._known: _Known | None = None
@@ -141,78 +161,166 @@ class Engine:
 
     def set_hyper(self, **values: float) -> None:
         """Set replacement_rate, maturity_threshold or decay_rate; all are checked before any is set."""
-        check_hyper(values)
-        self._hyper.update(values)
-        self.state.set_hyper(**self._hyper)
+        hyper = self._hyper | checked_hyper(values)
+        self._state.set_hyper(**hyper)
+        self._hyper = hyper
 
     @property
     def why_not_triton(self) -> str | None:
         """On a GPU, why the reference runs that nobody asked for."""
-        device = self.state.buffer.device
+        device = self._state.buffer.device
         if device.type == "cpu" or self._wanted is not None or self.backend == "triton":
             return None
-        return why_not_triton(self.state.rule, device, self._split)
+        return why_not_triton(self._state.rule, device, self._split)
 
     @property
     def has_data(self) -> bool:
         """Whether a forward was observed since the last step."""
-        return bool(self._held) or bool(self.state.count.any())
+        state = self.state
+        return bool(self._forwards) or bool(state.count.any())
 
     @property
     def held_bytes(self) -> int:
-        """Activations held until the next step."""
-        return self._held_bytes
+        """Bytes of the storages that are held until the next step."""
+        return self._forwards[-1].total if self._forwards else 0
 
     def forget_forwards(self) -> None:
         """Drop what forwards since the last step have left."""
         self.await_sums()
+        state = self.state
         self.finish()
-        self.state.forget_forwards()
+        state.forget_forwards()
 
     def record(self, slot: int, h: Tensor) -> None:
         """Take the activations that one reading layer saw in one forward."""
         if type(h) is not Tensor and is_dtensor(h):
-            h = local_activations(h, h.dim() - 1 - self.state.slots[slot].spatial)
+            h = local_activations(h, h.dim() - 1 - self._state.slots[slot].spatial)
         if not self.enabled:
             return
+        if h.dim() > _MOST_AXES and self._state.slots[slot].spatial == 0:
+            h = h.flatten(0, -2)
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
         if is_compiling():
             if h.device == self._device:
-                self._functions.capture_(self.state, slot, h.detach())
                 self._captured = True
+                self._functions.capture_(self._state, slot, h.detach())
             return
+        if _here.unobserved:
+            return
+        if self._journal is not None:
+            self._journal.settle()
         nbytes = self._nbytes(h)
-        # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
-        # batch, and does not outlive them
-        if _here.unobserved or (nbytes < 0 and (type(h) is Tensor or h.device != self._device)):
+        if nbytes < 0 and not self._stands_for_one(slot, h):
             return
         h = h.detach()
-        held = self._held_bytes + nbytes
+        # of an expanded tensor there is less memory than elements, too
+        if nbytes > 0 and h.untyped_storage().nbytes() < nbytes:
+            why = self._why_unreadable(slot, h)
+            if why is not None:
+                self._leave_out([(slot, why)])
+                return
         # the kernels do not see whether a tensor is the negative of its memory, or only stands for others
-        if held > self._room or nbytes < 0 or self._inline[slot] or h.is_neg():
-            # in the order of the forwards, on which a running mean depends
-            for earlier_slot, earlier in zip(*self._take_held(), strict=True):
-                self._functions.capture_(self.state, earlier_slot, earlier)
-            self._functions.capture_(self.state, slot, h.resolve_neg())
-            self._captured = True
-        else:
-            self._held_bytes = held
-            self._held.append(h)
-            self._slots.append(slot)
-            self._versions.append(h._version)
-            if self._device.type == "cuda":
-                self._streams.add(stream_of(self._device))
+        if self._room < 0 or self._inline[slot] or h.is_neg() or type(h) is not Tensor:
+            self._sum_up(slot, h.resolve_neg())
+            return
+        storage = h.untyped_storage()
+        size, key = storage.nbytes(), storage._cdata
+        total = self.held_bytes + (0 if key in self._storages else size)
+        if total > self._room:
+            self._sum_up(slot, h)
+            return
+        if self._device.type == "cuda":
+            self._streams.add(stream_of(self._device))
+        # one call: no interrupt finds half of it
+        self._forwards.append(_Forward(slot, h, h._version, storage, size, total))
+        self._storages.add(key)
+
+    def _nbytes(self, h: Tensor) -> int:
+        """Bytes of activations; -1 where they have no memory of their own on the state's device."""
+        if self._device.type == "cpu":
+            return cpp.nbytes(h)
+        return -1 if h.device != self._device or is_functorch_wrapped_tensor(h) else h.nbytes
+
+    def _stands_for_one(self, slot: int, h: Tensor) -> bool:
+        """Whether activations that have no memory of their own can be summed at once all the same."""
+        # what is on another device may belong to a model that is being moved; what torch.func's transforms run on is no
+        # batch, and does not outlive them; a fake tensor has no numbers
+        if h.device != self._device or is_functorch_wrapped_tensor(h) or is_fake(h):
+            return False
+        why = self._why_unreadable(slot, h)
+        if why is not None:
+            self._leave_out([(slot, why)])
+        return why is None
+
+    def _why_unreadable(self, slot: int, h: Tensor) -> str | None:
+        """What keeps activations from being summed; None if nothing is known."""
+        spatial, seen = self._state.slots[slot].spatial, len(self._state.slots[slot].seen)
+        if h.layout != torch.strided or h.dtype not in DTYPES:
+            return f"are a {h.layout} tensor of {h.dtype}"
+        if not (h.dim() >= 1 if spatial == 0 else spatial < h.dim() <= spatial + 2):
+            return f"have {h.dim()} axes, which their layer does not take"
+        features = h.shape[h.dim() - 1 - spatial]
+        if features != seen:
+            return f"have {features} features, not {seen} as at attach"
+        if type(h) is Tensor and _room_of(h) < _extent_of(h):
+            return "were freed"
+        return None
+
+    def _leave_out(self, forwards: Sequence[tuple[int, str]]) -> None:
+        """Say that forwards of some slots do not count, and why; once for each slot."""
+        fresh = {slot: why for slot, why in forwards if slot not in self._said}
+        self._said |= fresh.keys()
+        for slot, why in fresh.items():
+            warnings.warn(
+                f"the activations that {self.layer or self._names[slot]} read in a forward {why}; continual backprop "
+                "leaves that forward of the layer out",
+                stacklevel=2,
+            )
+
+    def _sum_up(self, slot: int, h: Tensor) -> None:
+        """Add a forward to the sums, after those that are held: a running mean depends on the order."""
+        slots, held = self._intact()
+        forwards = [*zip(slots, held, strict=True), (slot, h)]
+        self._captured = True
+        try:
+            self._capture(forwards)
+        except Exception:
+            bad = [(s, why) for s, x in forwards if (why := self._why_unreadable(s, x)) is not None]
+            if not bad:
+                raise
+            self._leave_out(bad)
+            self._capture([(s, x) for s, x in forwards if self._why_unreadable(s, x) is None])
+
+    def _capture(self, forwards: Sequence[tuple[int, Tensor]]) -> None:
+        """Add forwards to the sums, all that are held among them; all or none."""
+        if self._backend == "cpp" and not self._forwards and len(forwards) == 1:
+            # one call does it
+            ((slot, h),) = forwards
+            self._functions.capture_(self._state, slot, h)
+            return
+        journal = _Journal([self])
+        try:
+            journal.keep(self)
+            for slot, h in forwards:
+                self._functions.capture_(self._state, slot, h)
+            journal.finish({}, captured=True)
+        except BaseException:
+            journal.settle()
+            raise
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
 
+        To be taken back, the state must have been kept.
+
         Raises:
-            RuntimeError: a tensor is not what it was at attach. Nothing has changed then.
+            RuntimeError: a tensor is not what it was at attach.
         """
         if self.processes is not None:
-            return self._select_together()
+            self.await_sums()
+            return self._attempt(self._functions.choose_, not self._state.splits_sums)
         slots, held = self._intact()
-        return self._whole(self._functions.select_, True, held, slots)
+        return self._attempt(self._functions.select_, True, held, slots)
 
     def _join_streams(self) -> None:
         """Activations stay until this stream has read them, whichever stream they were made on."""
@@ -224,16 +332,14 @@ class Engine:
                 "a forward was captured in a CUDA graph, and the step of continual backprop was not: replays of the "
                 "graph would not be observed. Attach with capture='inline', or capture the whole training step"
             )
-        for h in self._held:
+        for h in [f.h for f in self._forwards]:
             h.record_stream(torch.cuda.current_stream(self._device))
 
-    def _select_together(self) -> int:
-        splits = self.state.splits_sums
-        if not self.begun:
+    def add_up(self) -> None:
+        """Let the processes add up what they saw, if they are several and do not so already."""
+        if self.processes is not None and not self.begun:
             self.await_sums()
-            self._add_up(splits)
-        self.await_sums()
-        return self._whole(self._functions.choose_, not splits)
+            self._add_up(self._state.splits_sums)
 
     def begin(self) -> None:
         """Let the processes add up what they saw, while the optimizer works; no weight may be needed for that."""
@@ -243,7 +349,7 @@ class Engine:
     @property
     def begun(self) -> bool:
         """Whether the processes are adding up all that this one saw."""
-        return self._sums is not None and not self._held and not self._captured
+        return self._sums is not None and not self._forwards and not self._captured
 
     def await_sums(self) -> None:
         """Wait for what the processes are adding up, if they are; it is forgotten unless a step uses it at once."""
@@ -254,33 +360,43 @@ class Engine:
     def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
         slots, held = self._intact()
-        self._whole(self._functions.sum_, with_weights, held, slots)
-        # they are in the state now
-        self.finish()
-        self._sums = self.processes.reduce_(self.state.flat[: self.state.reduced])
-
-    def _whole(self, function: Callable[..., Any], with_weights: bool, *args: object) -> Any:
-        """What a function of the backend returns; if it raises, the state is as before, and a tensor is named."""
-        if self._backend == "triton":
-            # all was checked in `collect`, and what is launched is not held up by this process
-            return function(self.state, self._weights() if with_weights else [], *args)
-        # the compiled functions check everything before they write, and keep the copy themselves
-        keeps = self._backend == "cpp"
-        if not keeps:
-            if with_weights:
-                self.check_tensors()
-            self.keep()
+        journal = _Journal([self])
         try:
-            return function(self.state, self._weights() if with_weights else [], *args)
-        except BaseException as error:
-            if not keeps:
-                self.restore()
-            if isinstance(error, Exception):
-                try:
-                    self.check_tensors()
-                except RuntimeError as named:
-                    raise named from None
+            journal.keep(self)
+            self._attempt(self._functions.sum_, with_weights, held, slots)
+            # they are in the state now
+            journal.finish({})
+        except BaseException:
+            journal.settle()
             raise
+        self._sums = self.processes.reduce_(self._state.flat[: self._state.reduced])
+
+    def _attempt(self, function: Callable[..., Any], with_weights: bool, *forwards: Any) -> Any:
+        """What a function of the backend returns; what it cannot read is left out, or named.
+
+        Args:
+            forwards: the held activations and their slots, if the function takes them.
+        """
+        if self._backend == "reference" and with_weights:
+            self.check_tensors()
+        weights: list[Tensor] = []
+        try:
+            weights = self._weights() if with_weights else []
+            return function(self._state, weights, *forwards)
+        except Exception:
+            self.restore()
+            try:
+                self.check_tensors()
+                _check_memory(list(weights), [ref.name for ref in self._state.weights], self.layer)
+            except RuntimeError as named:
+                raise named from None
+            whys = [self._why_unreadable(slot, h) for h, slot in zip(*forwards, strict=True)]
+            if not any(whys):
+                raise
+            held, slots = forwards
+            self._leave_out([(slot, why) for slot, why in zip(slots, whys, strict=True) if why])
+            good = [why is None for why in whys]
+            return function(self._state, weights, list(compress(held, good)), list(compress(slots, good)))
 
     def _weights(self) -> list[Tensor]:
         """The weights that the rule reads, or this process's parts."""
@@ -298,79 +414,103 @@ class Engine:
         if self._known is None or not self._known.still(optimizers):
             self.check_tensors()
             numbers, tensors = self._collected(optimizers)
-            self._known = None if self._in_parts else _Known(self.state, optimizers, numbers, tensors)
+            self._known = None if self._in_parts else _Known(self._state, optimizers, numbers, tensors)
             return numbers, tensors
         return self._known.numbers, self._known.tensors
 
     def _collected(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
-        state = self.state
+        state = self._state
         reset = state.rule.reset_optimizer and state.rule.name != "clarena"
         chosen = [1] * len(state.layouts) if self.chooses_alone else state.num_chosen.tolist()
         numbers: list[int] = []
         tensors: list[Tensor] = []
+        names: list[str] = []
         for count, regions in zip(chosen, self._regions, strict=True):
             for number in regions if count else ():
                 region = state.regions[number]
                 tensor = self._checked(region.ref)
                 numbers.append(2 * number)
                 tensors.append(tensor)
+                names.append(region.ref.name)
                 if region.kind == TRANSFER:
                     assert region.weight is not None
                     tensors.append(self._checked(region.weight))
+                    names.append(region.weight.name)
                 elif reset and region.ref.is_parameter:
-                    slots = slots_of(optimizers, tensor)
-                    _check_slots(region.ref.name, tensor, slots)
-                    numbers += [2 * number + 1] * len(slots)
-                    tensors += slots
+                    for key, slot in slots_of(optimizers, tensor):
+                        _check_slot(key, region.ref.name, tensor, slot)
+                        numbers.append(2 * number + 1)
+                        tensors.append(slot)
+                        names.append(f"{key} of '{region.ref.name}'")
+        parts = [local(tensor) for tensor in tensors] if self._in_parts else tensors
+        _check_memory(parts, names, self.layer)
+        if self._backend == "cpp":
+            cpp.check_reinit(state, numbers, parts)
         return numbers, tensors
 
     def reinit(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Re-initialise everything that belongs to the chosen units."""
         parts = [local(tensor) for tensor in tensors] if self._in_parts else tensors
-        self._functions.reinit_(self.state, numbers, parts)
+        self._functions.reinit_(self._state, numbers, parts)
         # neither a compiled kernel nor a library implementation tells autograd that it wrote
         torch.autograd.graph.increment_version(tensors)
 
+    def reinit_again(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Re-initialise what was interrupted somewhere in `reinit`."""
+        # the compiled function does it in one call, at whose end no chosen unit has an age
+        if self._backend != "cpp" or self._has_chosen():
+            self.reinit(numbers, tensors)
+        else:
+            torch.autograd.graph.increment_version(tensors)
+
+    def _has_chosen(self) -> bool:
+        """Whether a unit was chosen that is not re-initialised yet."""
+        state = self._state
+        chosen = (
+            state.age[layout.units][state.chosen[layout.units][:n].long()]
+            for layout, n in zip(state.layouts, state.num_chosen.tolist(), strict=True)
+        )
+        return any(bool(ages.any()) for ages in chosen)
+
     def finish(self) -> None:
-        """End a step: what the forwards left has been used."""
-        self._held: list[Tensor] = []
-        self._slots: list[int] = []
-        self._versions: list[int] = []
-        self._held_bytes = 0
+        """Forget what is held: it has been used, or is not wanted."""
+        self._forwards: list[_Forward] = []
+        # of what is held, by address
+        self._storages: set[int] = set()
         # on which they were seen
         self._streams: set[_Stream] = set()
         # whether forwards are in the state that are in no sums of the processes
         self._captured = False
 
     def _intact(self) -> tuple[list[int], list[Tensor]]:
-        """Slots and activations held, to be read on this stream, less those that were changed in place since."""
+        """Slots and activations held, to be read on this stream, less those that were changed in place or freed."""
+        forwards = self._forwards
+        if not forwards:
+            return [], []
         if self._streams:
             self._join_streams()
-        if list(map(_version_of, self._held)) == self._versions:
-            return self._slots, self._held
-        fresh = [h._version == v for h, v in zip(self._held, self._versions, strict=True)]
-        for slot, same in zip(self._slots, fresh, strict=True):
-            self._inline[slot] |= not same
-        return list(compress(self._slots, fresh)), list(compress(self._held, fresh))
-
-    def _take_held(self) -> tuple[list[int], list[Tensor]]:
-        taken = self._intact()
-        self.finish()
-        return taken
+        slots, held, versions, storages, sizes, _ = zip(*forwards, strict=True)
+        if tuple(map(_version_of, held)) == versions and tuple(map(_size_of, storages)) == sizes:
+            return list(slots), list(held)
+        for f in forwards:
+            self._inline[f.slot] |= f.h._version != f.version
+        self._leave_out([(f.slot, "were freed before the step") for f in forwards if f.storage.nbytes() < f.size])
+        fresh = [f for f in forwards if f.h._version == f.version and f.storage.nbytes() >= f.size]
+        return [f.slot for f in fresh], [f.h for f in fresh]
 
     def keep(self) -> None:
         """Keep the state as it is, for `restore`."""
-        self.state.backup.copy_(self.state.buffer)
+        _copy(self._state.backup, self._state.buffer)
 
     def restore(self) -> None:
-        """Take back what was done since the state was kept, as the last `select` does where it can be taken back."""
-        self.state.buffer.copy_(self.state.backup)
+        """Take back what was done since the state was kept."""
+        _copy(self._state.buffer, self._state.backup)
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
         backend = backend_for(device, self._wanted, self.state.rule, self._split)
-        self.state.to(device)
-        self._device = self.state.buffer.device
+        self._state.to(device)
+        self._device = self._state.buffer.device
         self.use(backend)
         self.forget_forwards()
         self._prepare()
@@ -388,7 +528,7 @@ class Engine:
             }
             if state.rule.keeps_mean:
                 groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
-        rule = {f.name: getattr(state.rule, f.name) for f in fields(state.rule) if f.init}
+        rule = described(state.rule)
         numbers = {"seed": int(state.seed), "step": int(state.step)}
         measured = {"deviations": state.deviations} if state.deviations else {}
         return {"rule": rule, **self._hyper, **numbers, **measured, "groups": groups}
@@ -396,43 +536,28 @@ class Engine:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; see `ContinualBackprop.load_state_dict`."""
         state, own = self.state, self.state_dict()
-        _check_keys("state_dict", state_dict, own)
-        if state_dict["rule"] != own["rule"]:
-            theirs = state_dict["rule"] if isinstance(state_dict["rule"], Mapping) else {}
-            differ = [
-                f"{key}={theirs.get(key)!r}, not {mine!r}"
-                for key, mine in own["rule"].items()
-                if theirs.get(key) != mine
-            ]
-            raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ) or state_dict['rule']!r}")
-        _check_keys("state_dict['groups'] (another network?)", state_dict["groups"], own["groups"])
-        for name, mine in own["groups"].items():
-            theirs = state_dict["groups"][name]
-            _check_keys(f"state_dict of group '{name}'", theirs, mine)
-            for key, value in mine.items():
-                _check_entry(f"{key} of group '{name}'", theirs[key], value)
-        for key in ("seed", "step"):
-            _check_entry(key, state_dict[key], own[key])
-        if state.deviations:
-            _check_keys("state_dict['deviations']", state_dict["deviations"], state.deviations)
-            for name, mine in state.deviations.items():
-                _check_entry(f"deviation of {name}", state_dict["deviations"][name], mine)
-        # the last call that can fail checks before it sets
-        self.set_hyper(**{key: state_dict[key] for key in self._hyper})
+        theirs = checked_state(state_dict, own)
+        self.await_sums()
+        # all of it in a copy first
+        buffer = state.buffer.clone()
+        fields = state.views(buffer)
         for g, layout in enumerate(state.layouts):
-            theirs = state_dict["groups"][layout.name]
-            state.utility[layout.units].copy_(theirs["utility"])
-            state.age[layout.units].copy_(theirs["age"])
-            state.pending[g] = theirs["pending"]
-            state.num_replaced[g] = theirs["num_replaced"]
+            group = theirs["groups"][layout.name]
+            fields["utility"][layout.units].copy_(group["utility"])
+            fields["age"][layout.units].copy_(group["age"])
+            fields["pending"][g] = group["pending"]
+            fields["num_replaced"][g] = group["num_replaced"]
             if state.rule.keeps_mean:
-                state.running_mean[state.columns_of(layout)].copy_(theirs["running_mean"])
+                fields["running_mean"][state.columns_of(layout)].copy_(group["running_mean"])
+        fields["seed"].fill_(theirs["seed"])
+        fields["step"].fill_(theirs["step"])
+        for name in ("num_chosen", "count", "activation", "feature"):
+            fields[name].zero_()
         if state.deviations:
-            state.deviations = state_dict["deviations"]
-        state.seed.fill_(state_dict["seed"])
-        state.step.fill_(state_dict["step"])
-        state.num_chosen.zero_()
-        self.forget_forwards()
+            state.deviations = theirs["deviations"]
+        _copy(state.buffer, buffer)
+        self.set_hyper(**{key: theirs[key] for key in self._hyper})
+        self.finish()
 
     def adopt(self, other: Engine) -> None:
         """Go on where another engine of the model and rule is: groups of the same name and width keep their state."""
@@ -458,9 +583,9 @@ class Engine:
 
     def check_tensors(self) -> None:
         """Raises RuntimeError for a tensor that is not what it was at attach."""
-        for region in self.state.regions:
+        for region in self._state.regions:
             self._checked(region.ref)
-        for ref in self.state.weights:
+        for ref in self._state.weights:
             self._checked(ref)
 
     def _checked(self, ref: TensorRef) -> Tensor:
@@ -468,11 +593,11 @@ class Engine:
         again = "make the layer anew" if self.layer else "call refresh()"
         if tensor is None:
             raise RuntimeError(f"{of}{ref.name} is no longer there; {again}")
-        if tensor.device != self.state.buffer.device:
+        if tensor.device != self._state.buffer.device:
             move = "model.to" if self.layer else "cbp.to"
             raise RuntimeError(
                 f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on "
-                f"{self.state.buffer.device}; call {move}({str(tensor.device)!r}) after moving the model"
+                f"{self._state.buffer.device}; call {move}({str(tensor.device)!r}) after moving the model"
             )
         if is_dtensor(tensor) != ref.place.is_dtensor:
             raise RuntimeError(
@@ -526,26 +651,46 @@ class Rates:
         self._engine.set_hyper(decay_rate=value)
 
 
-def check_options(capture: str, seed: int | None) -> None:
-    """Raises ValueError for a capture or a seed that is none."""
+def checked_seed(capture: str, seed: int | None) -> int | None:
+    """The seed as an integer of Python; raises ValueError for a capture or a seed that is none."""
     if capture not in _HELD_BYTES:
         raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
-    if seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+    if seed is None:
+        return None
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -(2**64)
+    if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
+    return number
 
 
-def check_hyper(values: Mapping[str, float]) -> None:
-    """Raises TypeError or ValueError for a replacement_rate, maturity_threshold or decay_rate that is none."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is {value!r}, must be a number")
+def checked_hyper(values: Mapping[str, Any]) -> dict[str, float]:
+    """A replacement_rate, maturity_threshold or decay_rate as numbers of Python.
+
+    Raises:
+        TypeError, ValueError: one is no number, or lies out of range.
+    """
+    checked: dict[str, float] = {}
+    for name, given in values.items():
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
+            raise TypeError(f"{name} is {_shown(given)}, must be a number")
+        value = int(given) if isinstance(given, numbers.Integral) else float(given)
         if name == "maturity_threshold":
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"maturity_threshold is {value!r}, must be a number of steps, at least 0")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"maturity_threshold is {_shown(given)}, must be a number of steps, at least 0")
         elif not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}, must lie in [0, 1]")
+            raise ValueError(f"{name} is {_shown(given)}, must lie in [0, 1]")
         if name == "decay_rate" and value == 1:
             raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
+        checked[name] = value
+    return checked
+
+
+def described(rule: Rule) -> dict[str, Any]:
+    """A rule as a `state_dict` holds it."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
 
 
 def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
@@ -557,31 +702,108 @@ def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) ->
     if is_compiling():
         # a step belongs into no graph
         return torch.compiler.disable(step_together)(engines, optimizers)
+    for engine in engines:
+        if engine._journal is not None:
+            engine._journal.settle()
+        engine.add_up()
     # what can be wrong is found before the first weight is written, and before anything that cannot be taken back
     due = {engine: engine.collect(optimizers) for engine in engines if engine.chooses_alone}
-    selected: list[Engine] = []
+    journal = _Journal(engines)
     try:
         for engine in engines:
-            if engine.chooses_alone and len(engines) > 1:
-                engine.keep()
-            n = engine.select()
-            selected.append(engine)
-            if not n:
+            journal.keep(engine)
+            if not engine.select():
                 due.pop(engine, None)
-            elif engine not in due:
+            elif not engine.chooses_alone:
                 due[engine] = [], []
         for engine in due:
             if not engine.chooses_alone:
                 due[engine] = engine.collect(optimizers)
+        journal.finish(due)
     except BaseException:
-        for engine in selected:
-            engine.restore()
+        journal.settle()
         raise
-    for engine in engines:
-        if engine in due:
-            engine.reinit(*due[engine])
-    for engine in engines:
-        engine.finish()
+
+
+class _Journal:
+    """How far a step has come, or the adding of forwards to the sums: what is cut short is taken back or finished.
+
+    Until all that is to be written is known, and is known to be writable, the engines can be put back to what they
+    were before. From then on it goes forward only: what was chosen is in the state, so that writing it again writes
+    the same. Each mark is one assignment, after what it stands for, so that any exception finds one of the two. The
+    engines are settled before the exception goes on; if that is cut short as well, by the next use of one of them.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = engines
+        self._kept: list[Engine] = []
+        self._due: Mapping[Engine, tuple[list[int], list[Tensor]]] | None = None
+        self._captured = False
+        self._done = False
+        self._thread = threading.get_ident()
+        self._is_cut = False
+
+    def keep(self, engine: Engine) -> None:
+        """Before an engine's state is changed."""
+        engine._journal = self
+        engine.keep()
+        self._kept.append(engine)
+
+    def finish(self, due: Mapping[Engine, tuple[list[int], list[Tensor]]], captured: bool = False) -> None:
+        """Write everything that is due, and forget what is held.
+
+        Args:
+            captured: whether the sums have something that no process has added up.
+        """
+        if self._done:
+            # a signal's handler looked at the state meanwhile and found it as it was before
+            for engine in self._kept:
+                engine.restore()
+            return
+        for engine in due:
+            engine._state.redo = {}
+        self._captured = captured
+        self._due = due
+        for engine, what in due.items():
+            engine.reinit(*what)
+        self._end()
+
+    def settle(self) -> None:
+        """Take back or finish what was cut short."""
+        if self._thread != threading.get_ident() and not self._is_cut:
+            # another thread is at it
+            return
+        self._is_cut = True
+        if self._done:
+            pass
+        elif self._due is None:
+            for engine in self._kept:
+                engine.restore()
+        else:
+            for engine, what in self._due.items():
+                engine.reinit_again(*what)
+        self._end()
+
+    def _end(self) -> None:
+        for engine in self._engines if self._due is not None and not self._done else ():
+            engine.finish()
+            engine._captured = self._captured
+        self._done = True
+        for engine in self._engines:
+            engine._state.redo = None
+            if engine._journal is self:
+                engine._journal = None
+
+
+class _Forward(NamedTuple):
+    """What one reading layer saw in one forward, held until the step."""
+
+    slot: int
+    h: Tensor
+    version: int
+    storage: torch.UntypedStorage
+    size: int  # of the storage, in bytes
+    total: int  # bytes of all storages held, up to this one
 
 
 class _Stream(NamedTuple):
@@ -654,17 +876,54 @@ def _same(mine: Sequence[object], theirs: Sequence[object]) -> bool:
     return len(mine) == len(theirs) and all(map(is_, mine, theirs))
 
 
-def _nbytes(device: torch.device, h: Tensor) -> int:
-    return -1 if h.device != device or is_functorch_wrapped_tensor(h) else h.nbytes
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers."""
+    return isinstance(tensor, FakeTensor) or torch._is_functional_tensor(tensor)
 
 
-def _check_slots(name: str, parameter: Tensor, slots: Sequence[Tensor]) -> None:
-    for slot in slots:
-        if slot.device != parameter.device or slot.layout != torch.strided or slot.dtype not in DTYPES:
-            raise RuntimeError(
-                f"the optimizer keeps state of {name} as a {slot.layout} tensor of {slot.dtype} on {slot.device}; to "
-                f"be reset it must be dense, of 16 to 64 bits and on {parameter.device}"
-            )
+def _copy(to: Tensor, source: Tensor) -> None:
+    """Copy one buffer to another."""
+    if to.is_cpu:
+        cpp.copy_(to, source)
+    else:
+        to.copy_(source)
+
+
+def _room_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its memory; -1 where that cannot be asked."""
+    try:
+        return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    except (NotImplementedError, RuntimeError):
+        return -1
+
+
+def _extent_of(tensor: Tensor) -> int:
+    """Bytes from a dense tensor's first element to the end of its last."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _check_slot(key: object, name: str, parameter: Tensor, slot: Tensor) -> None:
+    if slot.device != parameter.device or slot.layout != torch.strided or slot.dtype not in DTYPES:
+        raise RuntimeError(
+            f"the optimizer keeps {key} of '{name}' as a {slot.layout} tensor of {slot.dtype} on {slot.device}; to be "
+            f"reset it must be dense, of 16 to 64 bits and on {parameter.device}"
+        )
+
+
+def _check_memory(tensors: list[Tensor], names: Sequence[str], layer: str) -> None:
+    """Raises RuntimeError for a tensor that has no memory of its own, or none that can be written."""
+    found = cpp.unwritable(tensors, list(map(_room_of, tensors)))
+    if found is not None:
+        number, why = found
+        of = f"{layer}: " if layer else ""
+        kind = type(tensors[number])
+        which = "" if kind in (Tensor, torch.nn.Parameter) else f", a {kind.__name__},"
+        name = names[number] if " of " in names[number] else f"'{names[number]}'"
+        raise RuntimeError(
+            f"{of}{name}{which} {why}, so that it cannot be re-initialised and nothing was; give it memory "
+            "of its own that can be written, or exclude= its group"
+        )
 
 
 def _plain(value: object) -> object:
@@ -685,24 +944,137 @@ def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _check_keys(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a `state_dict` in which every entry is of the kind and size that it is in `own`.
+
+    Args:
+        own: what this network saves; groups that are not known yet may be a function of their names.
+
+    Raises:
+        ValueError: an entry is not as it must be.
+    """
+    theirs = _entries(state_dict, "state_dict", own)
+    rule = theirs["rule"]
+    if not isinstance(rule, Mapping):
+        raise ValueError(f"state_dict was saved with another rule: {_shown(rule)}")
+    rule = _entries(rule, "state_dict['rule']", own["rule"])
+    differ = [
+        f"{key}={_shown(rule[key])}, not {mine!r}"
+        for key, mine in own["rule"].items()
+        if type(rule[key]) is not type(mine) or rule[key] != mine
+    ]
+    if differ:
+        raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ)}")
+    try:
+        hyper = checked_hyper({key: theirs[key] for key in own if key.endswith(("_rate", "_threshold"))})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"state_dict: {error}") from None
+    numbers = {key: _checked_entry(key, theirs[key], own[key]) for key in ("seed", "step")}
+    measured = {}
+    if "deviations" in own:
+        mine = own["deviations"]
+        deviations = _entries(theirs["deviations"], "state_dict['deviations']", mine)
+        measured["deviations"] = {
+            str(name): _checked_entry(f"deviation of {_shown(name)}", value, 0.0) for name, value in deviations.items()
+        }
+    known = own["groups"]
+    groups = _entries(theirs["groups"], "state_dict['groups'] (another network?)", known)
+    checked: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        what = f"group '{name}'" if type(name) is str else f"group {_shown(name)}"
+        mine = known[name] if known is not None else _group_like(group, own["rule"])
+        group = _entries(group, f"state_dict of {what}", mine)
+        checked[name] = {key: _checked_entry(f"{key} of {what}", group[key], value) for key, value in mine.items()}
+    return {"rule": dict(own["rule"]), **hyper, **numbers, **measured, "groups": checked}
+
+
+def _group_like(group: Any, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group's entries must be, of which nothing is known but what was saved."""
+    utility, mean = (group.get(key) if type(group) is dict else None for key in ("utility", "running_mean"))
+    n = _length(utility)
+    double = type(utility) is Tensor and utility.dtype == torch.float64
+    like: dict[str, Any] = {
+        "utility": torch.empty(n, dtype=torch.float64 if double else torch.float32, device="cpu"),
+        "age": torch.empty(n, dtype=torch.int32, device="cpu"),
+        "pending": 0.0,
+        "num_replaced": 0,
+    }
+    if Rule(**rule).keeps_mean:
+        like["running_mean"] = torch.empty(_length(mean), dtype=torch.float64, device="cpu")
+    return like
+
+
+def _length(vector: Any) -> int:
+    return len(vector) if type(vector) is Tensor and not vector.is_nested and vector.dim() == 1 else 0
+
+
+def _entries(theirs: Any, what: str, mine: Mapping[str, Any] | None) -> dict[Any, Any]:
+    """The entries of a mapping, which must have the keys of `mine`, if those are known."""
     if not isinstance(theirs, Mapping):
         raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
-    missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(map(str, theirs.keys() - mine.keys()))
-    if missing or unexpected:
-        raise ValueError(f"{what}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+    try:
+        entries = {key: theirs[key] for key in theirs}
+        keys = set(entries)
+        wrong_type = [key for key in keys if type(key) is not str]
+        missing, unexpected = (set(), set()) if mine is None else (mine.keys() - keys, keys - mine.keys())
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {_shown(error)}") from None
+    if missing or unexpected or wrong_type:
+        extra = sorted(_shown(key) for key in {*unexpected, *wrong_type})
+        gone = sorted(missing) or "nothing"
+        raise ValueError(f"{what}: missing {gone}, unexpected {', '.join(extra[:20]) or 'nothing'}")
+    return entries
 
 
-def _check_entry(what: str, theirs: Any, mine: Any) -> None:
+def _checked_entry(what: str, theirs: Any, mine: Any) -> Any:
+    """A copy of one entry of a `state_dict`."""
     if isinstance(mine, Tensor):
-        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-            got = f"{tuple(theirs.shape)} {theirs.dtype}" if isinstance(theirs, Tensor) else type(theirs).__name__
-            raise ValueError(f"state_dict: {what} is {got}, must be {tuple(mine.shape)} {mine.dtype}")
-        if not theirs.isfinite().all() or (not theirs.is_floating_point() and (theirs < 0).any()):
-            raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
-    elif type(theirs) is not type(mine):
-        raise ValueError(f"state_dict: {what} is {theirs!r}, must be a {type(mine).__name__}")
-    else:
-        least = -(2**63) if what == "seed" else 0
-        if not least <= theirs < 2**63:
-            raise ValueError(f"state_dict: {what} is {theirs!r}, must be at least {least} and below 2**63")
+        return _checked_tensor(what, theirs, mine)
+    kind = numbers.Integral if isinstance(mine, int) else numbers.Real
+    least = -(2**63) if what == "seed" else 0
+    try:
+        value = type(mine)(theirs) if isinstance(theirs, kind) and not isinstance(theirs, bool) else None
+    except Exception:
+        value = None
+    if value is None:
+        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be a {type(mine).__name__}")
+    if not least <= value < 2**63:
+        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be at least {least} and below 2**63")
+    return value
+
+
+def _checked_tensor(what: str, theirs: Any, mine: Tensor) -> Tensor:
+    must = f"must be {tuple(mine.shape)} {mine.dtype}"
+    if type(theirs) is not Tensor:
+        raise ValueError(f"state_dict: {what} is {type(theirs).__name__}, {must}")
+    try:
+        if theirs.layout != torch.strided or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            layout = "" if theirs.layout == torch.strided else f" {theirs.layout}"
+            raise ValueError(f"state_dict: {what} is {tuple(theirs.shape)} {theirs.dtype}{layout}, {must}")
+        if theirs.requires_grad:
+            raise ValueError(f"state_dict: {what} requires a gradient; detach it")
+        if theirs.is_meta or is_functorch_wrapped_tensor(theirs) or _room_of(theirs) < _extent_of(theirs):
+            raise ValueError(f"state_dict: {what} has no numbers in it")
+        copy = theirs.detach().to("cpu", copy=True)
+        good = bool(copy.isfinite().all()) and (copy.is_floating_point() or not bool((copy < 0).any()))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"state_dict: {what} cannot be read: {_shown(error)}") from None
+    if not good:
+        raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
+    return copy
+
+
+def _shown(value: Any) -> str:
+    """What a message shows of anything, whose own way of showing itself may fail, or read memory that is not there."""
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    try:
+        if value is None or isinstance(value, (str, bytes, numbers.Number)):
+            text = repr(value)
+        elif isinstance(value, Exception):
+            text = f"{type(value).__name__}: {value}"
+        else:
+            text = f"a {type(value).__name__}"
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."

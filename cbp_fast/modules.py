@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import struct
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any, cast
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from .distributed import several_processes
 from .dtensors import local
 from .engine import Engine, Rates, is_observed, step_together
-from .optimizer_state import inside_step, skipped
+from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve
 
@@ -35,6 +36,8 @@ _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = wea
 _numbers = itertools.count(1)
 # this many weights of a layer tell it from others
 _TOLD_BY = 256
+# this module; at exit a layer may outlive the list of modules
+_this = sys.modules[__name__]
 # torch's hook for all optimizers, while there are layers
 _hook: RemovableHandle | None = None
 
@@ -45,6 +48,7 @@ def _observe(layer: _CBPLayer) -> None:
     _layers.append(weakref.ref(layer, _forget))
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+        watch_skips(_this)
 
 
 def _forget(ref: weakref.ref[_CBPLayer]) -> None:
@@ -55,6 +59,7 @@ def _forget(ref: weakref.ref[_CBPLayer]) -> None:
     if not _layers and _hook is not None and not inside_step():
         _hook.remove()
         _hook = None
+        unwatch_skips(_this)
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -64,7 +69,10 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return torch.compiler.disable(_after_optimizer_step)(optimizer, args, kwargs)
     # a tuple, because layers may go at any moment
     layers = [layer for ref in tuple(_layers) if (layer := ref()) is not None]
-    if not layers or skipped(optimizer):
+    if not layers:
+        return
+    if skipped(optimizer):
+        _after_skipped_step(optimizer)
         return
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     ready: list[_CBPLayer] = []
@@ -75,7 +83,10 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
         known = optimizer in trainers
         trainers.add(optimizer)
-        waiting = _waiting.setdefault(layer, weakref.WeakSet(trainers))
+        waiting = _waiting.get(layer)
+        # an empty one is that of a step that was interrupted
+        if waiting is None or not len(waiting):
+            waiting = _waiting[layer] = weakref.WeakSet(trainers)
         # who steps again alone has taken the place of the others, an optimizer of an earlier task perhaps
         if known and optimizer not in waiting:
             trainers -= waiting
@@ -118,6 +129,15 @@ def _seed_of(layers: Mapping[str, nn.Module | None]) -> int:
             some = weight.flatten()[:: -(-weight.numel() // _TOLD_BY) or 1].double().tolist()
             digest.update(struct.pack(f"{len(some)}d", *some))
     return int.from_bytes(digest.digest()[:8], "little")
+
+
+def _after_skipped_step(optimizer: Optimizer) -> None:
+    """What layers saw counts for nothing if the only optimizer that trains them made no update of it."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in [layer for ref in tuple(_layers) if (layer := ref()) is not None]:
+        alone = all(other is optimizer for other in _trainers.get(layer, ()))
+        if alone and any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
+            layer._engine.forget_forwards()
 
 
 class _CBPLayer(Rates, nn.Module):

@@ -8,23 +8,27 @@ for, and units in any other are refused.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import logging
 import re
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .nodes import BASE, DATA, ONE, RANDOM, Nodes, kinds_of, narrow, same_along
-from .running import Preserving, storage_key
+from .running import Preserving, alive, constants, storage_key
+from .snapshot import Snapshot
 from .unit_groups import label, norm_kind, norm_shape, own_tensors, shared_memory
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
@@ -46,6 +50,10 @@ _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
 _FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random", "cauchy", "geometric", "log_normal")
 _HIDDEN = "what was made by code that cannot be followed"
+_LIVING = (
+    "its units are kept after the forward, outside of the model and its output: in a container or an object of the "
+    "caller, in a global or in a thread"
+)
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
 # that give a parameter another name, or take nothing but its shape
@@ -54,22 +62,63 @@ _NO_USE = re.compile("(detach|alias|empty_like|zeros_like|ones_like|full_like|ra
 _PATIENCE = 5.0
 
 
-class Exits(TorchFunctionMode):
-    """Refuses the units of tensors that leave for Python or NumPy whole."""
+# methods of tensors by which values leave for code that is not followed, and those that let it write, too
+_READING = ("tolist", "__repr__", "__deepcopy__", "share_memory_")
+_OPENING = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "apply_", "map_", "map2_")
+_OURS = (__name__, Preserving.__module__, Snapshot.__module__)
 
-    def __init__(self, trace: Trace) -> None:
+
+class Exits(TorchFunctionMode):
+    """Refuses the units of tensors whose values leave for Python, NumPy or other libraries.
+
+    Args:
+        trace: what follows the units.
+        elsewhere: whether this is another thread than the forward's.
+    """
+
+    def __init__(self, trace: Trace, elsewhere: bool = False) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self.elsewhere = trace, elsewhere
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"):
-            self.trace.refuse(self.trace.ids(args[0]), f"{name}() takes its values out of the model's operations")
-        return func(*args, **(kwargs or {}))
+        if name == "rms_norm" and not self.elsewhere:
+            # torch takes it apart, and its sums over features are a norm's statistics
+            before, self.trace.statistics = self.trace.statistics, True
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.trace.statistics = before
+        array = name == "__get__" and getattr(func, "__self__", None) is Tensor.__cuda_array_interface__
+        out = func(*args, **(kwargs or {}))
+        if name == "tensor_split":
+            # it reads them past the dispatcher
+            for t in (*args[1:], *(kwargs or {}).values()):
+                if isinstance(t, Tensor):
+                    self._leaves(t, "tensor_split() takes its values out of the model's operations", True)
+        # the look itself asks for addresses, too
+        ours = sys._getframe(1).f_globals.get("__name__") in _OURS
+        if (array or name in _READING or name in _OPENING) and not ours:
+            for t in args:
+                if isinstance(t, Tensor):
+                    self._leaves(t, f"{name}() takes its values out of the model's operations", name in _READING)
+            if isinstance(out, Tensor) and name == "__deepcopy__":
+                self.trace.open(out, f"{name}() made it")
+        return out
+
+    def _leaves(self, t: Tensor, why: str, read_only: bool) -> None:
+        entry = self.trace.parameter(t)
+        if entry:
+            self.trace.roles[entry[0]].add(why.partition(" ")[0])
+        elif self.elsewhere:
+            self.trace.open(t, why)
+        elif storage_key(t) in self.trace.made:
+            self.trace.refuse(self.trace.ids(t), why)
+            if not read_only:
+                self.trace.open(t, why)
 
 
 class _Shadow(NamedTuple):
-    storage: Any  # held, so that its address is not used again
     ids: Tensor  # [period]: element i of the storage has ids[i // run % period]
     run: int
     elements: int
@@ -152,6 +201,9 @@ class Trace(Preserving):
         modules: of the model, by name.
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
+        paths: operations of the forwards, each in its first run.
+        random: whether a path may depend on random numbers.
+        unsure: whether a tensor appeared of which it is not known whether it was there before the forward.
         statistics: whether what is summed now are statistics of a norm over features that torch takes apart.
     """
 
@@ -184,11 +236,53 @@ class Trace(Preserving):
                     name = _join(prefix, key)
                     self._parameters[storage_key(tensor)].append((_bytes_of(tensor), name, tensor))
                     self.owners.setdefault(name, (prefix, module))
+        self.paths: list[Any] = []
+        self.random = False
+        self._own = dict(self._parameters)
+        self._constants = constants(model)
+        self.unsure = self._knows_all = False
+
+    @property
+    def where(self) -> str:
+        """The operation that was followed last, and the module."""
+        return self._why or "its first operation"
+
+    def begin(self, known: Iterable[Tensor], everything: bool) -> None:
+        """Before a forward: `known` tensors, or everything there is, it does not make."""
+        self.unsure = False
+        self._knows_all = everything
+        self.known = alive() if everything else set(map(storage_key, known))
+        self.known |= self._constants
+
+    def end(self) -> None:
+        """After a forward, when its results are gone and the model is as before: refuses what is alive all the same."""
+        for key, why in self.opened.items():
+            for _, name, _ in self._parameters.get(key, ()):
+                self.roles[name].add("what another thread does with it")
+            if key in self._shadows:
+                self.refuse(self._shadows[key].ids, why)
+        for again in (True, False):
+            living = [
+                shadow.ids
+                for key, shadow in self._shadows.items()
+                if not cast(StorageWeakRef, self.made[key]).expired() and self.nodes.bare[shadow.ids].any()
+            ]
+            if living and again:
+                gc.collect()
+        for ids in living:
+            self.refuse(ids, _LIVING)
+        self.forget()
+        self._shadows.clear()
+        self._kept.clear()
+        self._parameters = dict(self._own)
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks that keep track of which module runs."""
         handles = []
         for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                # it takes no hooks, and the modules in it are not called
+                continue
             enter = (lambda entry: lambda *_: self._stack.append(entry))((name, module))
             leave = lambda *_: self._stack.pop() and None  # noqa: E731
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -203,6 +297,9 @@ class Trace(Preserving):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "prim":
+            # a question of a tensor that stands for another
+            return out
         if torch._C._current_graph_task_id() != -1:
             # gradients are no activations
             return out
@@ -210,9 +307,25 @@ class Trace(Preserving):
             call = _Call(func, args, kwargs)
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{call.name} in {at}"
-            self._follow(call, out)
+            nested = any(t.is_nested for _, t in call.tensors) or any(
+                isinstance(t, Tensor) and t.is_nested for t in tree_leaves(out)
+            )
+            if nested:
+                self._nested(call, out)
+            else:
+                self._follow(call, out)
             self._say_where(at)
         return out
+
+    def _nested(self, call: _Call, out: Any) -> None:
+        """Units that go into a nested tensor are refused, and what comes out of it is data."""
+        why = f"{self._why} takes or makes a nested tensor, which cannot be followed"
+        for t in (*call.take(), *(t for t in tree_leaves(out) if isinstance(t, Tensor))):
+            entry = None if t.is_nested else self.parameter(t)
+            self._use(call.op, entry)
+            if not t.is_nested and not entry:
+                self.refuse(self.ids(t), why)
+                self.open(t, why)
 
     def _say_where(self, at: str) -> None:
         self._count += 1
@@ -227,20 +340,23 @@ class Trace(Preserving):
 
     def ids(self, tensor: Tensor) -> Tensor | None:
         """What the elements of a tensor are made of, int64 of its shape; None for constants."""
-        if not tensor.numel():
+        if tensor.is_nested or not tensor.numel():
             return None
         if tensor.layout != torch.strided:
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         key = storage_key(tensor)
         shadow = self._shadows.get(key)
+        if key in self.opened and key not in self._parameters:
+            if shadow is not None:
+                self.refuse(shadow.ids, self.opened[key])
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None and (key not in self.made or key in self._parameters):
             return self._outer(key, tensor)
         if shadow is None and tensor.grad_fn is None:
             return None
         if shadow is None:
-            # made by a kernel that is called past the dispatcher, of whatever there was
-            self.refuse_all(f"{self._why} takes {_HIDDEN}")
-            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
+            # made by a kernel that is called past the dispatcher
+            return self._hidden().expand(tensor.shape)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
@@ -254,17 +370,34 @@ class Trace(Preserving):
             ids = _seen_through(shadow, tensor)
         return ids if narrow(ids)[0][0].any() else None
 
-    def refuse_all(self, reason: str) -> None:
-        """No unit seen so far can be in a group."""
+    def _hidden(self) -> Tensor:
+        """Something made by code that is not followed, of whatever there was."""
         for source in self.nodes.sources:
             if source.axis is not None:
-                self.refuse(self.nodes.source(source.parameter, source.axis, source.size), reason)
+                units = self.nodes.source(source.parameter, source.axis, source.size)
+                self.refuse(units, f"{self._why} takes {_HIDDEN}")
+        return torch.tensor(DATA, device="cpu")
+
+    def _borrowed(self, tensor: Tensor) -> None:
+        """Memory that belongs to others: it may be that of an activation, lent to them and back."""
+        address = tensor.untyped_storage().data_ptr()
+        for key, shadow in self._shadows.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(key)
+            if storage is not None and storage.data_ptr() <= address < storage.data_ptr() + max(storage.nbytes(), 1):
+                self.refuse(shadow.ids, f"{self._why} takes its memory by way of another library")
 
     def _outer(self, key: int, tensor: Tensor) -> Tensor | None:
         """The ids of a tensor that was there before the forward."""
         entry = self._entry(tensor)
         if entry is None:
-            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
+            # indices are made past the dispatcher, and what is not resizable is memory of NumPy and of others
+            new = key not in self.known and tensor.is_floating_point()
+            if new and not tensor.untyped_storage().resizable():
+                self._borrowed(tensor)
+                new = False
+            self.unsure |= new and not self._knows_all
+            hidden = new and self._knows_all
+            return (self._hidden() if hidden else torch.tensor(DATA, device="cpu")).expand(tensor.shape)
         if not isinstance(entry[1], nn.Parameter):
             return None
         return self.nodes.source(entry[0], None, 1).reshape(()).expand(tensor.shape)
@@ -298,11 +431,11 @@ class Trace(Preserving):
             flat = torch.empty(wide.numel(), dtype=torch.int64, device="cpu")
             strides = [stride // run if i in order else 0 for i, stride in enumerate(tensor.stride())]
             flat.as_strided(wide.shape, strides).copy_(wide)
-            self._shadows[key] = _Shadow(storage, flat, run, elements, tensor.element_size())
+            self._shadows[key] = _Shadow(flat, run, elements, tensor.element_size())
             return
         if shadow is None:
             zeros = torch.zeros(1, dtype=torch.int64, device="cpu")
-            shadow = _Shadow(storage, zeros, 1, elements, tensor.element_size())
+            shadow = _Shadow(zeros, 1, elements, tensor.element_size())
         # the view may write into any part of it
         flat = shadow.ids.repeat_interleave(shadow.run) if shadow.run > 1 else shadow.ids
         flat = flat.repeat(-(-elements // len(flat)))[:elements]

@@ -23,10 +23,10 @@ _MASK = 0xFFFFFFFF
 def philox(element: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
     """The random 32-bit words of `element` (int64, any shape), as int64: Philox4x32-10 (Salmon et al., SC 2011).
 
-    key = seed; counter = (element // 4 low, element // 4 high, step, stream); word = element % 4.
+    key = seed; counter = (element // 4 low, element // 4 high ^ step high << 16, step low, stream); word = element % 4.
     """
     block = element >> 2
-    c0, c1 = block & _MASK, block >> 32
+    c0, c1 = block & _MASK, ((block >> 32) ^ (step >> 32 << 16)) & _MASK
     c2, c3 = (step & _MASK).expand_as(block), torch.full_like(block, stream)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -102,7 +102,7 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
         else:
             # the mean so far, this forward included, and the age as it will be after the step
             mean = decay * mean + (1 - decay) * (state.feature[columns] / state.count[slot_index])
-            correction = bias_correction(age + 1, decay)
+            correction = bias_correction(age.long() + 1, decay)
         h_hat = torch.empty_like(mean)
         by_unit(h_hat, slot)[:] = (by_unit(mean, slot) / correction[:, None]).mean(1, keepdim=True)
         activation += (x.to(wide) - h_hat[here].to(wide)).abs().sum((0, 1))
@@ -160,6 +160,11 @@ def utility_now(state: State, layout: Layout) -> Tensor:
     return y / samples * w_in if rule.incoming == "times_sum" else y / (w_in / fan_in)
 
 
+def _added(count: Tensor, n: Tensor) -> Tensor:
+    """Their sum, at most the greatest int64."""
+    return torch.where(count > torch.iinfo(torch.int64).max - n, torch.iinfo(torch.int64).max, count + n)
+
+
 def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) -> None:
     """Average y into the utility, age the units, and list the ones that are due for replacement."""
     rule = state.rule
@@ -175,12 +180,13 @@ def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) ->
         y = torch.zeros_like(y)
     decayed = decay.to(y.dtype) * utility + (1 - decay).to(y.dtype) * y
     utility.copy_(torch.where(finite, decayed, utility))
-    age += finite
+    age += finite & (age < torch.iinfo(age.dtype).max)
 
-    eligible = age > maturity
+    # compared with a float64 as one, not in float32
+    eligible = age.double() > maturity
     n = eligible.sum()
     if rule.utility == "random":
-        units = torch.arange(layout.num_units, device=age.device)
+        units = torch.arange(layout.num_units, dtype=torch.int64, device=age.device)
         score = unit_uniform(units, state.seed, state.step, layout.stream).to(utility.dtype)
     elif rule.name == "clarena":
         score = (utility.double() / age).to(utility.dtype)
@@ -207,7 +213,7 @@ def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) ->
     score = torch.where(candidate, score.float().clamp(max=torch.finfo(torch.float32).max), torch.inf)
     state.chosen[layout.units] = torch.sort(score, stable=True).indices.int()
     state.num_chosen[g] = k.int()
-    state.num_replaced[g] += k.long()
+    state.num_replaced[g] = _added(state.num_replaced[g], k.long())
 
 
 @torch.no_grad()
@@ -270,7 +276,7 @@ def choose_(state: State, weights: Sequence[Tensor]) -> int:
 
 def choose_groups_(state: State) -> None:
     """Utility, age and choice of every group that a forward reached."""
-    state.step += (state.count > 0).any()
+    state.step.copy_(_added(state.step, (state.count > 0).any().long()))
     decay = state.hyper[2]
     for g, layout in enumerate(state.layouts):
         reached = (state.count[layout.slots[0] : layout.slots[-1] + 1] > 0).any()
@@ -305,7 +311,8 @@ def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slo
 def indices_of(region: Region, units: Tensor) -> Tensor:
     """Indices along the region's axis that belong to `units` [k]; int64 [k, P]."""
     start, unit_stride, per_unit, position_stride = region.block
-    return start + units[:, None] * unit_stride + torch.arange(per_unit, device=units.device) * position_stride
+    positions = torch.arange(per_unit, dtype=torch.int64, device=units.device)
+    return start + units[:, None] * unit_stride + positions * position_stride
 
 
 def elements_of(region: Region, place: Place, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,8 +356,8 @@ def _clamped(region: Region, place: Place, index: Tensor, valid: Tensor) -> tupl
     return index, chosen[index]
 
 
-def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """bias += sum over the units' columns of weight * h_hat."""
+def _moved(state: State, region: Region, units: Tensor, valid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """bias + sum over the units' columns of weight * h_hat."""
     slot, layout = state.slots[region.slot], state.layouts[region.group]
     correction = bias_correction(state.age[layout.units], state.hyper[2])
     h_hat = by_unit(state.running_mean[slot.columns], slot) / correction[:, None]
@@ -363,7 +370,7 @@ def _transfer_(state: State, region: Region, units: Tensor, valid: Tensor, weigh
     total = torch.zeros(len(bias), dtype=torch.float64, device=bias.device)
     total.index_put_((where[1 - region.axis].flatten(),), gain.flatten(), accumulate=True)
     moved = (bias + total).to(bias.dtype)
-    bias.copy_(torch.where(moved.isfinite(), moved, bias))
+    return torch.where(moved.isfinite(), moved, bias)
 
 
 @torch.no_grad()
@@ -382,7 +389,11 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
         tensor = next(rest)
         units, valid = _chosen(state, region.group)
         if region.kind == TRANSFER:
-            _transfer_(state, region, units, valid, next(rest), tensor)
+            weight, done = next(rest), {} if state.redo is None else state.redo
+            # a second time the weight may have been filled already
+            if number not in done:
+                done[number] = _moved(state, region, units, valid, weight, tensor)
+            tensor.copy_(done[number])
             continue
         place, hit = region.ref.place, valid[:, None]
         if tensor.numel() == 0:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import math
+import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as same_version
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .dtensors import is_dtensor
 from .engine import unobserved
+from .snapshot import Snapshot, is_array, tensors_in
 from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
 
 Forward = Callable[[nn.Module], Any]
@@ -65,8 +69,103 @@ def _is_function(inputs: Any) -> bool:
 
 def _call(inputs: Any) -> Forward:
     if isinstance(inputs, dict):
-        return lambda model: model(**inputs)
-    return lambda model: model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return Given((), inputs)
+    return Given(inputs if isinstance(inputs, tuple) else (inputs,), {})
+
+
+def held_by(run: Forward) -> tuple[Any, ...]:
+    """What the forward may change beside the model: the arguments, or what a function holds."""
+    return (run.args, run.kwargs) if isinstance(run, Given) else (run,)
+
+
+class Given:
+    """Runs a model on given arguments. It gets containers of its own, and tensors that only share memory with those.
+
+    Attributes:
+        samples: length of the first axis that the tensors have in common; 0 where they may not be cut there.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        leaves = tree_leaves((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+        self.samples = len(tensors[0]) if tensors and all(_is_plain(t) for t in tensors) else 0
+        for leaf in leaves:
+            # what counts rows of another tensor would point beyond its end; what others hold is not cut
+            if isinstance(leaf, Tensor):
+                if leaf.dim() and len(leaf) != self.samples and not leaf.is_floating_point():
+                    self.samples = 0
+            elif next(tensors_in(leaf), None) is not None:
+                self.samples = 0
+
+    def __call__(self, model: nn.Module) -> Any:
+        """What the model returns."""
+        copies: dict[int, Any] = {}
+
+        def own(leaf: Any) -> Any:
+            if type(leaf) is not Tensor or not _is_plain(leaf):
+                return leaf
+            if id(leaf) not in copies:
+                copies[id(leaf)] = leaf.detach().requires_grad_(leaf.requires_grad)
+            return copies[id(leaf)]
+
+        args, kwargs = tree_map(own, (self.args, self.kwargs))
+        return model(*args, **kwargs)
+
+    def orders(self) -> Iterator[list[int]]:
+        """Samples to take for all: the first ones, then those that differ most in a mask or in what else counts."""
+        yield list(range(self.samples))
+        differing: list[tuple[int, int, int, list[int]]] = []
+        for t in tree_leaves((self.args, self.kwargs)):
+            if isinstance(t, Tensor) and t.dim() and not t.is_floating_point() and t.device.type != "meta":
+                values = t.detach().reshape(self.samples, -1).long()
+                sums = values.sum(1).tolist()
+                if min(sums) < max(sums):
+                    # masks have the fewest values and the most axes
+                    differing.append((int(values.max() - values.min()), -t.dim(), len(differing), sums))
+        for *_, sums in sorted(differing)[:2]:
+            order = sorted(range(self.samples), key=sums.__getitem__)
+            yield [order[0], order[-1], *order[1:-1]]
+
+    def cut(self, rows: Sequence[int]) -> Given | None:
+        """The same for some samples alone; None where that may be no input."""
+        n = self.samples
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if not value.dim() or len(value) != n:
+                    return value
+                index = torch.tensor(rows, device=value.device)
+                return value.detach().index_select(0, index).requires_grad_(value.requires_grad)
+            if type(value) is dict:
+                return {key: taken(child) for key, child in value.items()}
+            if type(value) in (list, tuple):
+                return type(value)([value[i] for i in rows] if len(value) == n else map(taken, value))
+            if is_array(value) and value.ndim and len(value) == n:
+                return value[list(rows)]
+            return tree_map(lambda leaf: leaf if leaf is value else taken(leaf), value)
+
+        args = tuple(map(taken, self.args))
+        kwargs = {key: taken(value) for key, value in self.kwargs.items()}
+        for t in tree_leaves((args, kwargs)):
+            # an index beyond the end is an error that a processor survives, and a GPU does not
+            if isinstance(t, Tensor) and t.dim() and not t.is_floating_point() and t.dtype != torch.bool:
+                narrow = len(t) == len(rows) and t.numel() <= 2 * len(t) and t.device.type not in ("cpu", "meta")
+                if narrow and len(rows) <= int(t.abs().max()) < n:
+                    return None
+        return Given(args, kwargs)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_nested
+
+
+def same_path(whole: Sequence[Any], n: int, part: Sequence[Any], k: int) -> bool:
+    """Whether two forwards, of n and of k samples, carried out the same operations, on sizes in proportion."""
+    return len(whole) == len(part) and all(
+        f is g and len(a) == len(b) and all(x == y or x * k == y * n for x, y in zip(a, b, strict=True))
+        for (f, a), (g, b) in zip(whole, part, strict=True)
+    )
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
@@ -79,16 +178,19 @@ def guesses(model: nn.Module) -> Iterator[tuple[Forward, Forward]]:
     first = next((m for m in model.modules() if kind(m) in LAYERS), None)
     if first is None:
         return
-    weight = first.get_parameter("weight")
+    # where it is parametrized, the weight itself is computed
+    weight = next(first.parameters(), None)
+    if weight is None:
+        return
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     shapes: list[tuple[int, ...]]
     if kind(first) == "Embedding":
         options["dtype"] = torch.int64
         shapes = [(size,) for size in _SIZES if size <= 64]
-    elif spatial_axes(first):
-        shapes = [(read_width(first), *(size,) * spatial_axes(first)) for size in _SIZES]
     else:
-        shapes = [(read_width(first),)]
+        sizes = (getattr(first, key, 0) for key in ("in_features", "in_channels", "nx"))
+        axes, width = spatial_axes(first), max(sizes) or read_width(first)
+        shapes = [(width, *(size,) * axes) for size in (_SIZES if axes else (1,))]
     # what is larger takes too long to try
     shapes = [shape for shape in shapes if math.prod(shape) <= 2**18]
     saved = [t.detach().clone() for t in (*model.parameters(), *model.buffers())] if len(shapes) > 1 else []
@@ -116,11 +218,44 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
 
 
+def alive() -> set[int]:
+    """Keys of the storages of all tensors that Python knows."""
+    is_tensor: dict[type, bool] = {}
+    keys = set()
+    for thing in gc.get_objects():
+        cls = type(thing)
+        known = is_tensor.get(cls)
+        if known is None:
+            known = is_tensor[cls] = issubclass(cls, Tensor)
+        if known:
+            with contextlib.suppress(Exception):  # some have no memory
+                keys.add(storage_key(thing))
+    return keys
+
+
+def constants(model: nn.Module) -> set[int]:
+    """Keys of the storages that scripted modules hold in their code."""
+    keys = set()
+    for module in model.modules():
+        graph = getattr(module, "inlined_graph", None) if isinstance(module, torch.jit.ScriptModule) else None
+        for node in graph.findAllNodes("prim::Constant", recurse=True) if graph is not None else ():
+            if node.output().type().kind() == "TensorType" and node.hasAttribute("value"):
+                keys.add(storage_key(node.t("value")))
+    return keys
+
+
 class Preserving(TorchDispatchMode):
     """Remembers what operations change that was there before, to put it back.
 
+    Args:
+        known: tensors that are there before.
+
     Attributes:
-        made: keys of the storages that were made under this mode.
+        known: keys of their storages.
+        made: by their keys, the storages that were made under this mode, held so that no other gets the address.
+        opened: storages whose content code that is not followed may read and write, and which code.
+        path: operations, with the integers among their arguments and results.
+        drawn: whether Python read a value that depends on random numbers.
     """
 
     # they may change anything
@@ -131,25 +266,60 @@ class Preserving(TorchDispatchMode):
         # it would import the compiler
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.made: set[int] = set()
-        self._saved: dict[int, tuple[Tensor, Tensor, Any]] = {}
+        self.known = set(map(storage_key, known))
+        self.forget()
+
+    def forget(self) -> None:
+        """As at the start."""
+        self.made: dict[int, StorageWeakRef | None] = {}
+        self.opened: dict[int, str] = {}
+        self.path: list[tuple[Any, tuple[int, ...]]] = []
+        self.drawn = False
+        self._random: set[int] = set()
+        self._held: dict[int, Any] = {}
+        self._adopted: set[int] = set()
+        self._saved: dict[int, tuple[Tensor, Tensor, Any, Tensor | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         plain = isinstance(func, torch._ops.OpOverload)
+        leaves = tree_leaves((args, kwargs))
+        taken = [t for t in leaves if isinstance(t, Tensor)]
         # batch norms do not say that they change statistics
         if not plain or func._schema.is_mutable or "batch_norm" in func._overloadpacket.__name__:
             with _disable_current_modes():
                 self._save(func, args, kwargs, taken)
         out = func(*args, **kwargs)
+        results = tree_leaves(out)
+        outs = [t for t in results if isinstance(t, Tensor)]
         keys = {storage_key(t) for t in taken}
+        if plain and func._overloadpacket.__name__ == "set_":
+            # memory that nothing seen made, and that may be given away unseen (`share_memory_`, copies)
+            self._adopted.update(key for t in outs if (key := storage_key(t)) not in self.known)
         fresh = plain and func._overloadpacket.__name__ == "lift_fresh"
-        made = (storage_key(t) for t in tree_leaves(out) if isinstance(t, Tensor))
-        self.made.update(key for key in made if fresh or key not in keys)
+        for t in outs:
+            key = storage_key(t)
+            if fresh or key not in keys:
+                self.made.setdefault(key, StorageWeakRef(t.untyped_storage()) if key >= 0 else None)
+        if not self._random.isdisjoint(keys) or (plain and torch.Tag.nondeterministic_seeded in func.tags):
+            self._random.update(map(storage_key, outs))
+            self.drawn |= not outs or (plain and torch.Tag.dynamic_output_shape in func.tags)
+        numbers = [n for n in leaves if type(n) is int]
+        for result in results:
+            numbers += result.shape if isinstance(result, Tensor) and not result.is_nested else ()
+            numbers += (result,) if isinstance(result, (bool, int)) else ()
+        self.path.append((func, tuple(numbers)))
         return out
+
+    def open(self, tensor: Tensor, why: str) -> None:
+        """From now on code that is not followed may read and write its memory."""
+        key = storage_key(tensor)
+        self.drawn |= key in self._random
+        if key not in self.opened:
+            self._held[key] = StorageWeakRef(tensor.untyped_storage()) if key >= 0 else tensor
+            self.opened[key] = why
 
     def _save(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
         """Remembers what an operation is about to change, unless it was made under this mode."""
@@ -159,20 +329,44 @@ class Preserving(TorchDispatchMode):
             marked = zip(func._schema.arguments, values, strict=False)
             written = tree_leaves([v for a, v in marked if a.alias_info is not None and a.alias_info.is_write])
         for tensor in written:
-            if isinstance(tensor, Tensor) and storage_key(tensor) not in self.made and tensor.numel():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                continue
+            if storage_key(tensor) not in self.made and storage_key(tensor) not in self._adopted:
                 whole = tensor.detach()
                 if tensor.device.type != "meta":
                     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
                     whole = whole.as_strided((elements,), (1,), 0)
                 version = contextlib.nullcontext() if tensor.is_inference() else same_version(tensor)
-                self._saved.setdefault(storage_key(tensor), (whole, whole.clone(), version))
+                leaf = tensor if tensor._base is None else tensor._base
+                self._saved.setdefault(
+                    storage_key(tensor), (whole, whole.clone(), version, leaf if leaf.grad_fn is None else None)
+                )
 
     def restore(self) -> None:
         """Puts back every tensor that was changed but not made under this mode."""
         with torch.no_grad():
-            for tensor, before, version in self._saved.values():
+            for tensor, before, version, leaf in self._saved.values():
                 with version:
                     tensor.copy_(before)
+                if leaf is not None and leaf.grad_fn is not None:
+                    # it was written to with a history
+                    leaf.detach_()
+        self._saved.clear()
+
+
+def numpy_state() -> Any:
+    """The state of NumPy's global generator, to be compared; None where NumPy is not used."""
+    numpy = sys.modules.get("numpy")
+    return numpy and pickle.dumps(numpy.random.get_state())
+
+
+def reseed(seed: int) -> None:
+    """Puts the global random generators into another state."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed)
 
 
 @contextlib.contextmanager
@@ -207,46 +401,34 @@ def undivided(model: nn.Module) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Puts back what forward() may change beside tensors: attributes, containers among them, modes and random states.
+def untouched(model: nn.Module, *inputs: Any) -> Iterator[Snapshot]:
+    """Puts back what forward() may change beside tensors: what `Snapshot` says, and the global random states.
+
+    Args:
+        model: the model.
+        inputs: what its forward is given, and may change too.
 
     Yields:
-        A list, filled at the end with the names and values of attributes that were set or grew meanwhile.
+        The snapshot, to see and to put back what has changed in between.
     """
-    entries = [(name, module, vars(module)) for name, module in model.named_modules()]
-    held = [c for _, _, attributes in entries for c in (attributes, *attributes.values()) if _is_container(c)]
-    saved = [list(c.items() if isinstance(c, dict) else c) for c in held]
-    grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy and numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    left: list[tuple[str, Any]] = []
+    dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(unobserved())
         stack.enter_context(torch.random.fork_rng([]))
         for device in devices:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        snapshot = Snapshot([("", model), *(("the inputs", i) for i in inputs)])
         try:
-            yield left
+            yield snapshot
         finally:
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
-            own = vars(nn.Module())
-            for name, module, _ in entries:
-                for key, value in vars(module).items():
-                    if key not in own or key == "_buffers":
-                        left.append((f"{name}.{key}" if name else key, value))
-            left[:] = [
-                (name, list(v) if isinstance(v, (list, set)) else dict(v) if isinstance(v, dict) else v)
-                for name, v in left
-            ]
-            for container, content in zip(held, saved, strict=True):
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
-            for parameter, grad, requires_grad in grads:
-                parameter.grad = grad
-                parameter.requires_grad_(requires_grad)
+            torch.set_default_dtype(dtype)
+            snapshot.restore()
 
 
 @contextlib.contextmanager
@@ -263,28 +445,21 @@ def restored(model: nn.Module, saved: Sequence[Tensor] | None = None) -> Iterato
                     tensor.copy_(value)
 
 
-def _is_container(value: Any) -> bool:
-    return isinstance(value, (dict, list, set))
-
-
-def tensors_in(
-    value: Any, path: str = "", seen: set[int] | None = None, objects: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in what a model returns, in containers and in attributes of `objects`, with its path."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes, int, float)):
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        children = [(f"{path}[{key!r}]", child) for key, child in value.items()]
-    elif isinstance(value, (list, tuple, set)):
-        children = [(f"{path}[{i}]", child) for i, child in enumerate(value)]
-    elif objects and hasattr(value, "__dict__") and not callable(value):
-        children = [(f"{path}.{key}", child) for key, child in vars(value).items()]
-    else:
-        return
-    for where, child in children:
-        yield from tensors_in(child, where, seen, objects)
+def runs_plainly(model: nn.Module, runs: Sequence[Forward]) -> bool:
+    """Whether the forwards run when nothing is followed."""
+    for run in runs:
+        with untouched(model, *held_by(run)) as snapshot:
+            tensors = [t for t in snapshot.tensors() if _is_plain(t) and not t.is_inference()]
+            values = [t.detach().clone() for t in tensors]
+            with same_version(tuple(tensors)):
+                try:
+                    with torch.inference_mode(False), torch.enable_grad():
+                        run(model)
+                except Exception:  # the user's code may raise anything
+                    return False
+                finally:
+                    snapshot.restore()
+                    with torch.no_grad():
+                        for tensor, value in zip(tensors, values, strict=True):
+                            tensor.detach().copy_(value)
+    return True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .distributed import Processes
 from .dtensors import Place, place_of, whole
@@ -142,6 +145,13 @@ def _input_axis(member: Member) -> tuple[int, int]:
     return 1 - out_axis(member.module), getattr(member.module, "groups", 1)
 
 
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Tensors made here are ordinary ones, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 class State:
     """One byte buffer with everything that persists from step to step, seen through typed views.
 
@@ -151,9 +161,14 @@ class State:
         pending: float64 [G]. num_replaced, count: int64 [G], [S]; count is samples seen since the last step.
         activation: float64 [C], sum over those samples of abs(h), or of abs(h - h_hat) for a centred rule.
         feature, running_mean: float64 [C], sum of h and its decayed mean; empty unless the rule keeps a mean.
-        utility: float32 [T] (float64 if a group's weights are float64). age: int32 [T].
+        utility: float32 [T] (float64 if a group's weights are float64). age: int32 [T]; stays at 2**31 - 1.
         num_chosen: int32 [G] and chosen: int32 [T], the units replaced in the last step, group g's from its
         first unit's place on, least score first.
+
+    Limits: `step` and `num_replaced` stay at 2**63 - 1. Draws repeat after 2**48 steps, 4,000 years of 2,000 a second,
+    and are of their own for the first 2**50 elements of a tensor: see `reference.philox`.
+
+    `redo` is a dict while what is written must be the same a second time, of which a backend keeps there what it needs.
 
     What a step sums stands in one tensor more, `flat`: float64 [count of each slot, activation, feature, then sums of
     magnitudes by output and by input of every weight that the rule reads]. `outputs` and `inputs` say where those are.
@@ -226,8 +241,10 @@ class State:
         ]
         self._lay_out_sums(len(self.slots) + columns + means)
         size = sum(dtype.itemsize * n for _, dtype, n in self._fields)
-        self._view(torch.zeros(size, dtype=torch.uint8, device=device))
-        self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
+        self.redo: dict[Any, Any] | None = None
+        with _plainly():
+            self._view(torch.zeros(size, dtype=torch.uint8, device=device))
+            self.seed.fill_(seed if seed < 2**63 else seed - 2**64)
         self.plan = self._pack()
 
     def _ref(self, member: Member, key: str) -> TensorRef | None:
@@ -409,17 +426,22 @@ class State:
                     "or exclude= its group"
                 )
 
+    def _index(self, name: str) -> int:
+        return [field for field, _, _ in self._fields].index(name)
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The fields by name as they lie in `buffer`, a copy of the state's perhaps."""
+        sizes = [n * dtype.itemsize for _, dtype, n in self._fields]
+        places = zip(self._fields, self.offsets, sizes, strict=True)
+        return {name: buffer[at : at + size].view(dtype) for (name, dtype, _), at, size in places}
+
     def _view(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.backup = torch.empty_like(buffer)
         self.flat = torch.zeros(self._flat_size, dtype=torch.float64, device=buffer.device)
-        self.offsets = []
-        offset = 0
-        for name, dtype, n in self._fields:
-            size = n * dtype.itemsize
-            self.offsets.append(offset)
-            setattr(self, name, buffer[offset : offset + size].view(dtype))
-            offset += size
+        self.offsets = [0, *accumulate(n * dtype.itemsize for _, dtype, n in self._fields)][:-1]
+        for name, view in self.views(buffer).items():
+            setattr(self, name, view)
 
     def columns_of(self, layout: Layout) -> slice:
         """The columns of all readers of a group."""
@@ -429,13 +451,15 @@ class State:
         """Put the rates where the kernels read them."""
         self.replacement_rate = replacement_rate
         log_decay = math.log(decay_rate) if decay_rate else 0.0
-        for i, value in enumerate((replacement_rate, maturity_threshold, decay_rate, log_decay)):
-            self.hyper[i].fill_(value)
+        values = (replacement_rate, maturity_threshold, decay_rate, log_decay)
+        with _plainly():
+            self.hyper.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def forget_forwards(self) -> None:
         """Zero the sums over activations since the last step."""
-        for field in (self.count, self.activation, self.feature):
-            field.zero_()
+        # neighbours in the buffer, zeroed by one call
+        first = self.offsets[self._index("count")]
+        self.buffer[first : self.offsets[self._index("running_mean")]].zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         # the views share the buffer's memory with other types, which a file cannot say; they are made anew
@@ -444,11 +468,13 @@ class State:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._view(self.buffer)
+        with _plainly():
+            self._view(self.buffer)
 
     def to(self, device: torch.device) -> None:
         """Move everything to `device`; the views are new tensors afterwards."""
-        self._view(self.buffer.to(device))
+        with _plainly():
+            self._view(self.buffer.to(device))
 
     def _pack(self) -> Tensor:
         """The int64 table that the kernels walk; csrc/plan.h mirrors its order."""
@@ -512,4 +538,5 @@ class State:
             table += [r.kind, r.group, r.axis, *r.block, r.conv_groups, r.stream]
             table += [_DISTRIBUTION.index(r.distribution), value, r.slot, len(r.ref.shape), *padded(r.ref.shape)]
             table += [*padded(r.ref.place.part), *padded(r.ref.place.first, 0)]
-        return torch.tensor(table, dtype=torch.int64)
+        with _plainly():
+            return torch.tensor(table, dtype=torch.int64, device="cpu")

@@ -432,7 +432,7 @@ def kernels_of(
         found.append((k.select, {"TYPES": types, **meta}))
     if meta["MIN_MAX"] or meta["SCORE"] == 2:
         found.append((k.score, score_meta(meta)))
-    found.append((k.reinit, reinit_meta(rule, wide)))
+    found.append((k.reinit, {"WIDE_UTILITY": wide}))
     if rule.keeps_mean:
         found.append((k.capture, {"TYPES": types, "SUM": k.VALUES.value, "COUNTS": True}))
     if rule.centred:
@@ -448,11 +448,6 @@ def kernels_of(
 def score_meta(meta: dict[str, Any]) -> dict[str, Any]:
     """What `score` is compiled for, of what `select` is."""
     return {key: meta[key] for key in ("MIN_MAX", "MEAN", "SCORE", "ACCRUAL", "COUNT", "WIDE_UTILITY")}
-
-
-def reinit_meta(rule: Rule, wide: bool) -> dict[str, Any]:
-    """What `reinit` is compiled for."""
-    return {"WIDE_UTILITY": wide, "DISTRIBUTION": ("uniform", "normal", "unit").index(rule.distribution)}
 
 
 class _Tables:
@@ -500,7 +495,6 @@ class _Tables:
         self.captured: list[object] = []
         self.wide = state.utility.dtype == torch.float64
         self.meta = meta_of(state.rule, self.wide)
-        self.reinit_meta = reinit_meta(state.rule, self.wide)
         self._rate = -1.0
         self._ranked: tuple[int, ...] = ()
 
@@ -990,6 +984,17 @@ def _owners(state: State, region: Region, shape: Sequence[int]) -> list[int]:
     return owners.tolist()
 
 
+def _biases(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that transfers add to."""
+    rest, found = iter(tensors), {}
+    for number in regions:
+        tensor = next(rest)
+        if state.regions[number >> 1].kind == TRANSFER:
+            next(rest)
+            found[id(tensor)] = tensor
+    return list(found.values())
+
+
 @torch.no_grad()
 def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
     """See `reference.reinit_`."""
@@ -999,9 +1004,19 @@ def reinit_(state: State, regions: list[int], tensors: list[Tensor]) -> None:
         key = (layout, tuple(addresses), tuple(regions))
         targets = _recent(tables.targets, key, lambda: _Targets(state, regions, tensors))
         tables.used(targets)
-        for (outputs, transfers), (programs, writes) in targets.rounds:
-            if outputs:
+        # of each round, what was there before its transfers, or None after them
+        redo = {} if state.redo is None else state.redo
+        for i, ((outputs, transfers), (programs, writes)) in enumerate(targets.rounds):
+            if i + 1 in redo:
+                continue
+            if outputs and redo.get(i, ()) is not None:
                 tiles, biases, rows = transfers
+                if state.redo is not None and i in redo:
+                    for bias, before in redo[i]:
+                        bias.copy_(before)
+                elif state.redo is not None:
+                    redo[i] = [(bias, bias.clone()) for bias in _biases(state, regions, tensors)]
                 k.launch(k.transfer, (outputs,), (tiles, biases, rows, tables.columns, tables.addresses), {})
+            redo[i] = None
             if programs:
-                k.launch(k.reinit, (programs,), (*writes, tables.addresses), tables.reinit_meta)
+                k.launch(k.reinit, (programs,), (*writes, tables.addresses), {"WIDE_UTILITY": tables.wide})

@@ -350,9 +350,9 @@ def _sum_block(job, address, block, split, hat, workspace, counters, TYPES: tl.c
 
 @triton.jit
 def _word(element, seed, step, stream):
-    """The random words of `element`, uint32: Philox4x32-10, key = seed, counter = (element // 4, step, stream)."""
+    """The random words of `element`, uint32: Philox4x32-10, as `reference.philox` says, `step` an int64."""
     quad = element >> 2
-    low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
+    low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (((quad >> 32) ^ (step >> 32 << 16)) & 0xFFFFFFFF).to(tl.uint32)
     step = low * 0 + (step & 0xFFFFFFFF).to(tl.uint32)
     stream = low * 0 + (stream & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, high, step, stream)
@@ -503,7 +503,7 @@ def _score(
     if SCORE == 2:
         y = tl.zeros_like(y)
     u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
-    a += finite.to(tl.int32)
+    a += (finite & (a < 2147483647)).to(tl.int32)
     mature = inside & (a.to(tl.float64) > maturity)
     if SCORE == 2:
         step = tl.load(_field(addresses, A_STEP, tl.int64)) + 1
@@ -711,7 +711,8 @@ def _finish(
                 if reached:
                     if COUNT != 1:
                         tl.store(pendings, pending - k.to(tl.float64))
-                    tl.store(totals_replaced, num_replaced + k)
+                    # stays at the greatest there is
+                    tl.store(totals_replaced, num_replaced + tl.minimum(k, 0x7FFFFFFFFFFFFFFF - num_replaced))
                 tl.store(num_chosen, k)
                 for each in range(first_reader, last_reader + 1):
                     tl.store(counts + each, 0)
@@ -740,7 +741,8 @@ def _finish(
                     before = tl.load(steps)
                     # every warp has read before one writes
                     tl.debug_barrier()
-                    tl.store(steps, before + (((arrived >> 16) > 0) | reached).to(tl.int64))
+                    more = (((arrived >> 16) > 0) | reached) & (before < 0x7FFFFFFFFFFFFFFF)
+                    tl.store(steps, before + more.to(tl.int64))
                     tl.store(groups_here, 0)
 
 
@@ -910,7 +912,7 @@ def hat(tiles, columns, addresses, PREVIOUS: tl.constexpr):
     count = tl.load(_field(addresses, A_COUNT, tl.int64) + tl.load(row + C_SLOT)).to(tl.float64)
     age = tl.load(_field(addresses, A_AGE, tl.int32) + tl.load(row + C_FIRST_UNIT) + j, inside, 1)
     if not PREVIOUS:
-        age += 1
+        age = age.to(tl.int64) + 1
     # a unit that has no mean yet has one of 0
     correction = tl.where(age > 0, tl.where(decay > 0, _bias_correction(age, log_decay), 1.0), 1.0)
     total = tl.zeros([UNITS], tl.float64)
@@ -1019,7 +1021,7 @@ def _store_as(address, dtype, offset, values, mask):
 
 
 @triton.jit
-def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr, DISTRIBUTION: tl.constexpr):
+def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr):
     """Draws, or fills, what belongs to the chosen units, then forgets their utility and age.
 
     (2 r - 1) * bound with r from Philox at the element's row-major number. Writes the elements of the chosen units
@@ -1097,8 +1099,7 @@ def reinit(tiles, targets, masks, owners, addresses, WIDE_UTILITY: tl.constexpr,
                 mask = mask & (tl.load(is_chosen + owner, mask & (owner >= 0), 0) == 0)
             new = tl.zeros([BLOCK], tl.float32) + value.to(tl.float32)
             if kind == NORMAL:
-                if DISTRIBUTION == NORMAL:
-                    new = (_normal(element, seed, step, tl.load(target + T_STREAM)) * value).to(tl.float32)
+                new = (_normal(element, seed, step, tl.load(target + T_STREAM)) * value).to(tl.float32)
             elif kind != FILL:
                 r = _unit_uniform(element, seed, step, tl.load(target + T_STREAM))
                 new = tl.where(kind == UNIT, r, (2.0 * r - 1.0) * value.to(tl.float32))

@@ -64,7 +64,7 @@ struct SumKernels {
 
 struct Kernels {
   SumKernels float16, bfloat16, float32, float64;
-  void (*uniform)(uint64_t, uint32_t, uint32_t, uint64_t, int64_t, float*);
+  void (*uniform)(uint64_t, uint64_t, uint32_t, uint64_t, int64_t, float*);
 };
 
 struct Level {

@@ -189,14 +189,14 @@ double sum_vector(const Source<A>& x, int64_t n, int64_t stride, double offset) 
 }
 
 // The random words of the elements 4 * block ... 4 * block + 4 * BLOCKS - 1: Philox4x32-10 (Salmon et al., SC 2011)
-// with key = seed and counter = (block low, block high, step, stream).
+// with key = seed and counter = (block low, block high ^ step high << 16, step low, stream).
 constexpr int BLOCKS = 8;
-CBP_INLINE void philox(uint64_t seed, uint32_t step, uint32_t stream, uint64_t block, uint32_t (&word)[4 * BLOCKS]) {
+CBP_INLINE void philox(uint64_t seed, uint64_t step, uint32_t stream, uint64_t block, uint32_t (&word)[4 * BLOCKS]) {
   uint32_t c0[BLOCKS], c1[BLOCKS], c2[BLOCKS], c3[BLOCKS];
   for (int b = 0; b < BLOCKS; ++b) {
     c0[b] = static_cast<uint32_t>(block + b);
-    c1[b] = static_cast<uint32_t>((block + b) >> 32);
-    c2[b] = step;
+    c1[b] = static_cast<uint32_t>((block + b) >> 32 ^ step >> 32 << 16);
+    c2[b] = static_cast<uint32_t>(step);
     c3[b] = stream;
   }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -217,7 +217,7 @@ CBP_INLINE void philox(uint64_t seed, uint32_t step, uint32_t stream, uint64_t b
 }
 
 // out[i] = r of element first + i, with r = (word >> 8) * 2^-24 in [0, 1)
-void uniform(uint64_t seed, uint32_t step, uint32_t stream, uint64_t first, int64_t n, float* out) {
+void uniform(uint64_t seed, uint64_t step, uint32_t stream, uint64_t first, int64_t n, float* out) {
   uint32_t word[4 * BLOCKS];
   int64_t i = 0;
   while (i < n) {

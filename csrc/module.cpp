@@ -6,6 +6,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#define CBP_PIPES 1
+#include <sys/uio.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -53,7 +60,7 @@ py::dict build_info() {
   return info;
 }
 
-std::vector<float> philox_uniform(uint64_t seed, uint32_t step, uint32_t stream, uint64_t first, int64_t n) {
+std::vector<float> philox_uniform(uint64_t seed, uint64_t step, uint32_t stream, uint64_t first, int64_t n) {
   if (n < 0) throw py::value_error("philox_uniform: n is negative");
   std::vector<float> out(n);
   cbp::active->kernels->uniform(seed, step, stream, first, n, out.data());
@@ -215,6 +222,86 @@ PyObject* describe(PyObject*, PyObject* from) {
   return PyTuple_Pack(2, py::bytes(bytes, layout.size() * sizeof(int64_t)).ptr(), addresses.ptr());
 }
 
+// Whether all of some bytes in memory can be written; they keep their values. A system call says so of memory where a
+// plain write would end the process.
+bool can_write(const std::vector<char*>& bytes) {
+#ifdef CBP_PIPES
+  int ends[2];
+  // without a free descriptor nothing is known
+  if (pipe(ends) != 0) return true;
+  constexpr size_t MOST = 512;
+  iovec parts[MOST];
+  bool can = true;
+  for (size_t first = 0; can && first < bytes.size(); first += MOST) {
+    const size_t n = std::min(MOST, bytes.size() - first);
+    for (size_t i = 0; i < n; ++i) parts[i] = {bytes[first + i], 1};
+    const auto count = static_cast<int>(n);
+    can = writev(ends[1], parts, count) == static_cast<ssize_t>(n) &&
+          readv(ends[0], parts, count) == static_cast<ssize_t>(n);
+  }
+  close(ends[0]);
+  close(ends[1]);
+  return can;
+#else
+  return true;
+#endif
+}
+
+// whether no two elements share memory, as far as sizes and strides, the least stride first, tell
+bool is_apart(const dlpack::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int32_t d = 0; d < t.ndim; ++d)
+    if (t.shape[d] > 1) axes.emplace_back(t.strides[d], t.shape[d]);
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return false;
+    extent += (size - 1) * stride;
+  }
+  return true;
+}
+
+// The first tensor of a list that cannot be written, as (index, reason); None if all can be. `rooms`: the bytes from
+// each tensor's first element to the end of its memory.
+PyObject* unwritable(PyObject*, PyObject* const* from, Py_ssize_t count) {
+  if (count != 2 || !PyList_Check(from[0]) || !PyList_Check(from[1]) ||
+      PyList_GET_SIZE(from[0]) != PyList_GET_SIZE(from[1])) {
+    PyErr_SetString(PyExc_TypeError, "cbp_fast: unwritable takes two lists of one length");
+    return nullptr;
+  }
+  const Py_ssize_t n = PyList_GET_SIZE(from[0]);
+  const auto found = [](Py_ssize_t i, const char* reason) { return Py_BuildValue("(ns)", i, reason); };
+  std::vector<char*> all;
+  std::vector<Py_ssize_t> of;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    dlpack::Tensor t;
+    PyObject* const item = PyList_GET_ITEM(from[0], i);
+    if (!PyObject_TypeCheck(item, tensor_type) || tensor_of(item, &t) != 0) {
+      PyErr_Clear();
+      return found(i, "does not show its memory");
+    }
+    const int64_t size = numel(t);
+    if (size == 0) continue;
+    if (!t.data) return found(i, "has no memory of its own");
+    if (!is_apart(t)) return found(i, "has elements that share memory");
+    int64_t last = 0;
+    for (int32_t d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.strides[d];
+    const int64_t bytes = t.dtype.bits * t.dtype.lanes / 8, room = PyLong_AsLongLong(PyList_GET_ITEM(from[1], i));
+    if (room == -1 && PyErr_Occurred()) return nullptr;
+    if ((last + 1) * bytes > room) return found(i, "has less memory than elements: it was freed");
+    if (t.device.type != dlpack::CPU) continue;
+    char* const data = static_cast<char*>(t.data) + t.byte_offset;
+    for (char* const byte : {data, data + last * bytes}) {
+      all.push_back(byte);
+      of.push_back(i);
+    }
+  }
+  if (can_write(all)) Py_RETURN_NONE;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (!can_write({all[i]})) return found(of[i], "lies in memory that is read-only");
+  Py_RETURN_NONE;
+}
+
 PyMethodDef functions[] = {
     {"nbytes", &nbytes, METH_O, "Bytes of a tensor's elements on the CPU; -1 if it has none."},
     {"describe", &describe, METH_O, "(layout: bytes, addresses: list of int) of a list of tensors."},
@@ -223,6 +310,10 @@ PyMethodDef functions[] = {
     Call<&cbp::sum_>::named("sum_"),
     Call<&cbp::choose_>::named("choose_"),
     Call<&cbp::reinit_>::named("reinit_"),
+    Call<&cbp::check_reinit>::named("check_reinit"),
+    Call<&cbp::copy_>::named("copy_"),
+    {"unwritable", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&unwritable)), METH_FASTCALL,
+     "(index, reason) of the first tensor of a list that cannot be written, by the bytes that each may take, or None."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

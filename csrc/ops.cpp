@@ -457,7 +457,7 @@ void sum_weights(const Plan& plan, std::vector<WeightView>& views, const std::ve
 // from sums to the choice; returns how many units were chosen
 int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, const Reached& reached) {
   const Header& h = *plan.header;
-  ++*f.step;
+  *f.step = added(*f.step, 1);
   if (h.utility_bytes == 8)
     choose_all<double>(plan, f, flat, reached.groups);
   else
@@ -469,30 +469,6 @@ int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, co
   for (int64_t g = 0; g < h.groups; ++g) chosen += f.num_chosen[g];
   return chosen;
 }
-
-// A copy of the state before a step, by which the caller can take the step back; made when nothing can be wrong any
-// more. Should memory run out after that, the step takes itself back.
-class Kept {
- public:
-  Kept(const Array& buffer, const Array& copy) : state_(buffer.data), size_(buffer.sizes[0]) {
-    CBP_CHECK(copy.is_run_of(ScalarType::Byte) && copy.sizes[0] == size_, "the copy of the state must be as the state");
-    copy_ = copy.data;
-    std::memcpy(copy_, state_, size_);
-  }
-  Kept(const Kept&) = delete;
-  ~Kept() {
-    if (!done_) std::memcpy(state_, copy_, size_);
-  }
-  int64_t done(int64_t chosen) {
-    done_ = true;
-    return chosen;
-  }
-
- private:
-  void *state_, *copy_;
-  int64_t size_;
-  bool done_ = false;
-};
 
 double* checked_flat(const Array& flat, const Plan& plan) {
   CBP_CHECK(flat.is_run_of(ScalarType::Double) && flat.sizes[0] == plan.header->flat,
@@ -538,6 +514,49 @@ void dispatch(ScalarType type, const F& f) {
   }
 }
 
+// What of one tensor is set anew.
+struct Job {
+  const Region* region;
+  bool slot;
+  Target target, weight;
+  ScalarType type, weight_type;
+};
+
+// Everything that can be wrong with what `reinit_` gets is found here. Numbers in `numbers`: 2 * region, and
+// 2 * region + 1 for a slot of the optimizer's state. A transfer takes two tensors: the bias, and the weight that reads
+// the units.
+std::vector<Job> jobs_of(const Plan& plan, const Arrays& tensors, const Numbers& numbers) {
+  std::vector<Job> jobs;
+  jobs.reserve(numbers.size());
+  size_t next = 0;
+  for (const int64_t number : numbers) {
+    CBP_CHECK(number >= 0 && number / 2 < plan.header->regions, "no such region");
+    const Region& region = plan.regions[number / 2];
+    CBP_CHECK(next + (region.kind == 2) < tensors.size(), "too few tensors");
+    Job job{&region, number % 2 == 1, target_of(tensors[next], region), {}, tensors[next].type, {}};
+    sum_kernels(job.type);
+    if (region.kind == 2) {
+      const Array& w = tensors[++next];
+      const Slot& slot = plan.slots[region.slot];
+      CBP_CHECK(w.cpu && w.dims >= 2 && w.dims <= MAX_DIMS && w.sizes[1 - region.axis] == region.size[0] &&
+                    region.conv_groups * w.sizes[region.axis] == slot.features,
+                "a reading weight changed its device or shape");
+      job.weight_type = w.type;
+      sum_kernels(job.weight_type);
+      for (int64_t d = 0; d < MAX_DIMS; ++d) {
+        job.weight.size[d] = d < w.dims ? w.sizes[d] : 1;
+        job.weight.stride[d] = d < w.dims ? w.strides[d] : 0;
+        job.weight.whole[d] = job.weight.size[d];
+      }
+      job.weight.data = w.data;
+    }
+    ++next;
+    jobs.push_back(job);
+  }
+  CBP_CHECK(next == tensors.size(), "too many tensors");
+  return jobs;
+}
+
 }  // namespace
 
 void capture_(const Array& buffer, const Array& table, const Array& h, int64_t slot) {
@@ -547,19 +566,18 @@ void capture_(const Array& buffer, const Array& table, const Array& h, int64_t s
   capture(plan, Fields(*plan.header, buffer.data), slot, a);
 }
 
-int64_t select_(const Array& buffer, const Array& copy, const Array& table, const Arrays& weights, const Arrays& held,
+int64_t select_(const Array& buffer, const Array& table, const Arrays& weights, const Arrays& held,
                 const Numbers& held_slots) {
   const Plan plan = checked_plan(buffer, table);
   const Fields f(*plan.header, buffer.data);
   Inputs inputs(plan, weights, held, held_slots);
-  Kept kept(buffer, copy);
   inputs.capture_all(plan, f);
   const Reached reached(plan, f);
-  if (!reached.any) return kept.done(0);
+  if (!reached.any) return 0;
   Scratch scratch(inputs.scratch() + plan.header->flat);
   double* flat = scratch.take<double>(plan.header->flat);
   sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return kept.done(choose_reached(plan, f, flat, reached));
+  return choose_reached(plan, f, flat, reached);
 }
 
 // `weights` is empty where no process has a part of one: their sums are then left to `choose_`
@@ -587,65 +605,26 @@ void sum_(const Array& buffer, const Array& table, const Array& out, const Array
   sum_weights(plan, inputs.weights, needed, flat, scratch);
 }
 
-int64_t choose_(const Array& buffer, const Array& copy, const Array& table, const Array& sums, const Arrays& weights) {
+int64_t choose_(const Array& buffer, const Array& table, const Array& sums, const Arrays& weights) {
   const Plan plan = checked_plan(buffer, table);
   const Header& h = *plan.header;
   const Fields f(h, buffer.data);
   double* flat = checked_flat(sums, plan);
   Inputs inputs(plan, weights, {}, {}, true);
-  Kept kept(buffer, copy);
   for (int64_t s = 0; s < h.slots; ++s) f.seen[s] = static_cast<int64_t>(flat[s]);
   for_each_total(h, f, 0, h.columns, flat,
                  [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
   const Reached reached(plan, f);
-  if (!reached.any) return kept.done(0);
+  if (!reached.any) return 0;
   Scratch scratch(inputs.scratch());
   if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
-  return kept.done(choose_reached(plan, f, flat, reached));
+  return choose_reached(plan, f, flat, reached);
 }
 
-// Numbers in `numbers`: 2 * region, and 2 * region + 1 for a slot of the optimizer's state. A transfer takes two
-// tensors: the bias, and the weight that reads the units.
 void reinit_(const Array& buffer, const Array& table, const Arrays& tensors, const Numbers& numbers) {
   const Plan plan = checked_plan(buffer, table);
-  const Header& h = *plan.header;
-  const Fields f(h, buffer.data);
-  struct Job {
-    const Region* region;
-    bool slot;
-    Target target, weight;
-    ScalarType type, weight_type;
-  };
-  std::vector<Job> jobs;
-  jobs.reserve(numbers.size());
-  size_t next = 0;
-  for (const int64_t number : numbers) {
-    CBP_CHECK(number >= 0 && number / 2 < h.regions, "no such region");
-    const Region& region = plan.regions[number / 2];
-    CBP_CHECK(next + (region.kind == 2) < tensors.size(), "too few tensors");
-    Job job{&region, number % 2 == 1, target_of(tensors[next], region), {}, tensors[next].type, {}};
-    sum_kernels(job.type);
-    if (region.kind == 2) {
-      const Array& w = tensors[++next];
-      const Slot& slot = plan.slots[region.slot];
-      CBP_CHECK(w.cpu && w.dims >= 2 && w.dims <= MAX_DIMS && w.sizes[1 - region.axis] == region.size[0] &&
-                    region.conv_groups * w.sizes[region.axis] == slot.features,
-                "a reading weight changed its device or shape");
-      job.weight_type = w.type;
-      sum_kernels(job.weight_type);
-      for (int64_t d = 0; d < MAX_DIMS; ++d) {
-        job.weight.size[d] = d < w.dims ? w.sizes[d] : 1;
-        job.weight.stride[d] = d < w.dims ? w.strides[d] : 0;
-        job.weight.whole[d] = job.weight.size[d];
-      }
-      job.weight.data = w.data;
-    }
-    ++next;
-    jobs.push_back(job);
-  }
-  CBP_CHECK(next == tensors.size(), "too many tensors");
-
-  for (const Job& job : jobs) {
+  const Fields f(*plan.header, buffer.data);
+  for (const Job& job : jobs_of(plan, tensors, numbers)) {
     if (job.region->kind == 2) {
       dispatch(job.type, [&](auto bias) {
         dispatch(job.weight_type, [&](auto weight) {
@@ -657,6 +636,16 @@ void reinit_(const Array& buffer, const Array& table, const Arrays& tensors, con
     }
   }
   forget(plan, f);
+}
+
+void check_reinit(const Array& buffer, const Array& table, const Arrays& tensors, const Numbers& numbers) {
+  jobs_of(checked_plan(buffer, table), tensors, numbers);
+}
+
+void copy_(const Array& to, const Array& from) {
+  CBP_CHECK(to.is_run_of(ScalarType::Byte) && from.is_run_of(ScalarType::Byte) && to.sizes[0] == from.sizes[0],
+            "only a contiguous uint8 tensor can be copied to another of its size on the CPU");
+  std::memcpy(to.data, from.data, to.sizes[0]);
 }
 
 namespace {

@@ -27,11 +27,14 @@ using Numbers = std::vector<int64_t>;
 
 // All throw before anything was written if what they are given does not fit.
 void capture_(const Array& buffer, const Array& table, const Array& h, int64_t slot);
-int64_t select_(const Array& buffer, const Array& copy, const Array& table, const Arrays& weights, const Arrays& held,
+int64_t select_(const Array& buffer, const Array& table, const Arrays& weights, const Arrays& held,
                 const Numbers& held_slots);
 void sum_(const Array& buffer, const Array& table, const Array& out, const Arrays& weights, const Arrays& held,
           const Numbers& held_slots);
-int64_t choose_(const Array& buffer, const Array& copy, const Array& table, const Array& sums, const Arrays& weights);
+int64_t choose_(const Array& buffer, const Array& table, const Array& sums, const Arrays& weights);
 void reinit_(const Array& buffer, const Array& table, const Arrays& tensors, const Numbers& numbers);
+// throws what `reinit_` would throw
+void check_reinit(const Array& buffer, const Array& table, const Arrays& tensors, const Numbers& numbers);
+void copy_(const Array& to, const Array& from);
 
 }  // namespace cbp

@@ -67,7 +67,8 @@ void for_each_run(const Target& t, const Region& region, int64_t j, const F& f) 
 // float32 draws for the elements first ... first + n - 1
 inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n, float* out) {
   const uint64_t seed = static_cast<uint64_t>(*f.seed);
-  const uint32_t step = static_cast<uint32_t>(*f.step), stream = static_cast<uint32_t>(region.stream);
+  const uint64_t step = static_cast<uint64_t>(*f.step);
+  const uint32_t stream = static_cast<uint32_t>(region.stream);
   const float bound = static_cast<float>(region.value);
   active->kernels->uniform(seed, step, stream, static_cast<uint64_t>(first), n, out);
   if (region.distribution == 0)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "isa.h"
 #include "plan.h"
@@ -83,6 +84,12 @@ inline uint64_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// a count stays at the greatest there is
+inline int64_t added(int64_t count, int64_t n) {
+  constexpr int64_t MOST = std::numeric_limits<int64_t>::max();
+  return count > MOST - n ? MOST : count + n;
+}
+
 // u = decay * u + (1 - decay) * y and age + 1 where y is finite; then the choice. `keys` and `score` have room for n.
 template <typename U>
 void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* now, float* random, uint64_t* keys) {
@@ -115,13 +122,14 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
     const bool moves = finite(now[j]);
     const U decayed = decay * utility[j] + rest * now[j];
     utility[j] = moves ? decayed : utility[j];
-    age[j] += moves;
+    age[j] += moves & (age[j] < std::numeric_limits<int32_t>::max());
     mature += age[j] > maturity;
   }
   const int64_t eligible = mature;
 
   const uint64_t seed = static_cast<uint64_t>(*f.seed);
-  const uint32_t step = static_cast<uint32_t>(*f.step), stream = static_cast<uint32_t>(group.stream);
+  const uint64_t step = static_cast<uint64_t>(*f.step);
+  const uint32_t stream = static_cast<uint32_t>(group.stream);
   double due = *f.rate * static_cast<double>(h.accrual == 1 ? (eligible > 0) * n : eligible);
   if (h.accrual == 2) due = std::trunc(due);
   const double pending = f.pending[g] + due;
@@ -154,7 +162,7 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
   }
   if (h.count != 1) f.pending[g] = pending - static_cast<double>(k);
   f.num_chosen[g] = static_cast<int32_t>(k);
-  f.num_replaced[g] += k;
+  f.num_replaced[g] = added(f.num_replaced[g], k);
 }
 
 // m_h = decay * m_h + (1 - decay) * mean_s h where that mean is finite

@@ -3,7 +3,12 @@
 import copy
 import io
 import math
+import random
+import warnings
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -271,3 +276,212 @@ def test_a_state_of_another_network_is_refused(everything):
     with pytest.raises(ValueError, match="group '2'"):
         run.cbp.load_state_dict(ContinualBackprop(other).state_dict())
     assert everything(run.cbp) == before
+
+
+# anything at all
+
+
+class Hostile(dict):
+    """A mapping that fails when it is read."""
+
+    def __getitem__(self, key):
+        raise RuntimeError("no")
+
+    def __iter__(self):
+        raise KeyError("no")
+
+
+class Silent:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def values_of(rng, entry):
+    """Values that an entry may not have, and some that it may."""
+    like = entry if isinstance(entry, torch.Tensor) else torch.zeros(3)
+    n = len(like)
+    history = (torch.ones(n, requires_grad=True) * 2).to(like.dtype) if like.is_floating_point() else torch.ones(n)
+    freed = torch.zeros(n, dtype=like.dtype)
+    freed.untyped_storage().resize_(0)
+    return rng.choice(
+        [
+            *(None, "", "1", b"", [], (), {}, set(), object(), Silent(), Hostile(a=1), print, type, Ellipsis),
+            *(True, False, 0, 1, -1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 10**400),
+            *(
+                0.0,
+                -0.0,
+                -1.0,
+                0.5,
+                math.nan,
+                math.inf,
+                -math.inf,
+                1e308,
+                1j,
+                np.float64(0.5),
+                np.int64(3),
+                np.bool_(1),
+            ),
+            *(np.zeros(n), np.float32("nan"), Fraction(1, 3), Decimal(1)),
+            *(torch.tensor(1), torch.tensor(0.5), torch.zeros(0), torch.zeros(n + 1, dtype=like.dtype)),
+            *(like.to_sparse(), like.to(torch.complex64), torch.empty_like(like, device="meta"), history, freed),
+            *(nn.Parameter(torch.zeros(n)), like.half(), like.bool(), like[None], torch.zeros((), dtype=like.dtype)),
+            *(
+                torch.zeros(1, dtype=like.dtype).expand(n),
+                torch.quantize_per_tensor(torch.zeros(n), 0.1, 0, torch.qint8),
+            ),
+            torch.full((n,), math.nan, dtype=like.dtype) if like.is_floating_point() else like - 2**31,
+            *(torch.nested.nested_tensor([torch.zeros(n)]), torch.zeros(n, dtype=like.dtype).as_subclass(Odd)),
+        ]
+    )
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+def mutated(rng, state):
+    """A state with one or two entries changed, left out, added or under other keys; and where."""
+    state = copy.deepcopy(state)
+    for _ in range(rng.choice((1, 1, 2))):
+        places = []
+
+        def walk(mapping, places=places):
+            for key, value in mapping.items():
+                places.append((mapping, key))
+                if type(value) is dict:
+                    walk(value, places)
+
+        walk(state)
+        mapping, key = rng.choice(places)
+        kind = rng.randrange(6)
+        if kind == 0:
+            del mapping[key]
+        elif kind == 1:
+            mapping[rng.choice((1, None, (1, 2), "more", b"key", 1.5, frozenset(), torch.ones(1)))] = mapping[key]
+        elif kind == 2:
+            mapping[rng.choice((0, True, None, str(key) + " "))] = mapping.pop(key)
+        elif kind == 3 and type(mapping[key]) is dict:
+            mapping[key] = Hostile(mapping[key])
+        else:
+            mapping[key] = values_of(rng, mapping[key])
+    return state
+
+
+def check_mutations(number, rule, seed):
+    rng = random.Random(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = Run("cpp", RULES[rule]).train(range(8))
+        saved = run.cbp.state_dict()
+        engine = run.cbp._engine
+        refused, messages = 0, set()
+        for _ in range(number):
+            state = mutated(rng, saved)
+            before, hyper, deviations = engine.state.buffer.clone(), engine.hyper, engine.state.deviations
+            try:
+                run.cbp.load_state_dict(state)
+            except ValueError as error:
+                refused += 1
+                messages.add(str(error))
+                assert torch.equal(engine.state.buffer, before)
+                assert (engine.hyper, engine.state.deviations) == (hyper, deviations)
+            else:
+                file = io.BytesIO()
+                torch.save(run.cbp.state_dict(), file)
+                file.seek(0)
+                run.cbp.load_state_dict(torch.load(file, weights_only=True))
+                assert not engine.state.buffer.requires_grad
+                run.cbp.load_state_dict(saved)
+        assert 0.5 * number < refused < number
+        assert all("state_dict" in message for message in messages)
+
+
+@pytest.mark.parametrize("rule", ["nature", "transfer", "as attached"])
+def test_whatever_a_state_holds_it_loads_or_changes_nothing(rule):
+    check_mutations(700, rule, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_whatever_many_states_hold_they_load_or_change_nothing(rule, seed):
+    check_mutations(4000, rule, seed)
+
+
+class Unguessed(nn.Module):
+    """Its groups are found in the first training forward."""
+
+    def __init__(self, width=7):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, width), nn.Linear(width, 3)
+
+    def forward(self, batch, scale):
+        return self.b(torch.relu(self.a(batch["x"])) * scale)
+
+
+def unguessed(width=7, steps=0, **options):
+    model = Unguessed(width)
+    cbp = ContinualBackprop(model, **{"replacement_rate": 0.3, "maturity_threshold": 1, **options})
+    for _ in range(steps):
+        model({"x": torch.randn(4, 5)}, scale=2.0)
+        cbp.step()
+    return model, cbp
+
+
+def test_states_loaded_before_the_groups_are_found_are_checked_and_copied():
+    _, trained = unguessed(steps=4)
+    good = trained.state_dict()
+    model, cbp = unguessed()
+    rng, refused = random.Random(0), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(300):
+            try:
+                cbp.load_state_dict(mutated(rng, good))
+            except ValueError:
+                refused += 1
+    assert refused > 150
+    mine = copy.deepcopy(good)
+    cbp.load_state_dict(mine)
+    mine["groups"]["a"]["num_replaced"] = 10**6
+    mine["groups"]["a"]["utility"].fill_(7)
+    cbp.state_dict()["groups"]["a"]["utility"].fill_(7)
+    cbp.replacement_rate = 0.1
+    model({"x": torch.randn(4, 5)}, scale=2.0)
+    assert cbp.num_replaced == trained.num_replaced
+    assert torch.equal(cbp.utility["a"], good["groups"]["a"]["utility"])
+    assert cbp.replacement_rate == 0.1
+    assert cbp.state_dict()["replacement_rate"] == 0.1
+
+
+def test_a_state_that_does_not_fit_the_groups_is_said_once_and_training_starts_without_it():
+    _, other = unguessed(width=8, steps=4, replacement_rate=0.2)
+    model, cbp = unguessed()
+    cbp.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"does not fit .* starts without it: .*utility of group 'a'"):
+        model({"x": torch.randn(4, 5)}, scale=2.0)
+    assert cbp.replacement_rate == 0.3
+    model({"x": torch.randn(4, 5)}, scale=2.0)
+    cbp.step()
+    assert cbp.age["a"].tolist() == [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("rate", "threshold", "seed"),
+    [
+        (np.float64(0.25), np.int64(3), np.uint64(2**64 - 1)),
+        (np.float32(0.25), np.float32(3), np.int8(-1)),
+        (Fraction(1, 4), np.uint8(3), np.int64(-1)),
+    ],
+)
+def test_numbers_of_any_kind_are_numbers_and_enter_no_file(rate, threshold, seed):
+    run = Run("cpp", replacement_rate=rate, maturity_threshold=threshold, seed=seed)
+    run.cbp.decay_rate = rate
+    state = run.cbp.state_dict()
+    assert [type(state[key]) for key in ("replacement_rate", "decay_rate", "seed")] == [float, float, int]
+    assert (state["replacement_rate"], state["maturity_threshold"], state["seed"]) == (0.25, 3, -1)
+    Run("cpp").load(run.save())
+    state["groups"]["0"]["pending"] = np.float64(0.5)
+    state["groups"]["0"]["num_replaced"] = np.int32(4)
+    run.cbp.load_state_dict(state)
+    assert torch.load(run.save(), weights_only=True)[2]["groups"]["0"]["num_replaced"] == 4

@@ -1,7 +1,6 @@
 """Discovery: what is found, what is left out and why, and that rows, norm entries and columns belong to each other."""
 
 import copy
-import ctypes
 import random
 import time
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from networks import Net, mlp
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from cbp_fast.discovery import explain, find_unit_groups
@@ -539,7 +539,8 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):
         out = torch.empty(len(h), 1)
-        ctypes.memmove(out.untyped_storage().data_ptr(), h.untyped_storage().data_ptr(), 4 * len(h))
+        with _disable_current_modes():
+            out.copy_(h.sum(1, keepdim=True))
         return out
 
     @staticmethod

@@ -176,6 +176,15 @@ def test_a_part_of_a_grouped_convolution(rule, start):
     check_whole_numbers(model, [(4, 16, 8, 8)], rule=RULES[rule], groups=groups, replacement_rate=0.3)
 
 
+@pytest.mark.parametrize("rule", ["nature", "normal"])
+def test_embeddings_are_drawn_normal(rule):
+    """Beside layers of the rule's distribution, in one launch."""
+    a, b = sizes((128, 500), (8, 20))
+    model = nn.Sequential(nn.Embedding(b, a), nn.Embedding(7, 3 * a), nn.Linear(b, a), nn.Linear(a, 4))
+    groups = [UnitGroup("g", ["0", Part("1", 5, 2), "2"], "3")]
+    check_whole_numbers(model, [(16, a)], rule=RULES[rule], groups=groups, replacement_rate=0.3)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolutions_choose_as_the_reference(channels_last):
     model = convolutions().double()

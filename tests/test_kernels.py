@@ -888,33 +888,34 @@ def test_capture_is_a_well_made_operator(operators):
 
 ops = _C
 BAD_CALLS = {
-    "short plan": lambda s, w: ops.select_(s.buffer, s.backup, s.plan[:-1], w, [], []),
-    "empty plan": lambda s, w: ops.select_(s.buffer, s.backup, s.plan[:0], w, [], []),
-    "plan of another type": lambda s, w: ops.select_(s.buffer, s.backup, s.plan.int(), w, [], []),
-    "plan with gaps": lambda s, w: ops.select_(s.buffer, s.backup, s.plan.repeat_interleave(2)[::2], w, [], []),
-    "short buffer": lambda s, w: ops.select_(s.buffer[:-1], s.backup, s.plan, w, [], []),
-    "buffer of another type": lambda s, w: ops.select_(s.buffer.char(), s.backup, s.plan, w, [], []),
-    "short copy": lambda s, w: ops.select_(s.buffer, s.backup[:-1], s.plan, w, [], []),
-    "copy of another type": lambda s, w: ops.choose_(s.buffer, s.backup.char(), s.plan, s.flat, w),
-    "too few weights": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, w[:-1], [], []),
-    "weight of another shape": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [w[0][:-1], *w[1:]], [], []),
-    "weight of another rank": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [w[0][None], *w[1:]], [], []),
-    "weight of another type": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [w[0].double(), *w[1:]], [], []),
-    "h without its slot": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, w, [torch.ones(1, 5)], []),
-    "h of another width": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, w, [torch.ones(1, 6)], [0]),
-    "h of another type": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, w, [torch.ones(1, 5).int()], [0]),
+    "short plan": lambda s, w: ops.select_(s.buffer, s.plan[:-1], w, [], []),
+    "empty plan": lambda s, w: ops.select_(s.buffer, s.plan[:0], w, [], []),
+    "plan of another type": lambda s, w: ops.select_(s.buffer, s.plan.int(), w, [], []),
+    "plan with gaps": lambda s, w: ops.select_(s.buffer, s.plan.repeat_interleave(2)[::2], w, [], []),
+    "short buffer": lambda s, w: ops.select_(s.buffer[:-1], s.plan, w, [], []),
+    "buffer of another type": lambda s, w: ops.select_(s.buffer.char(), s.plan, w, [], []),
+    "short copy": lambda s, w: ops.copy_(s.backup[:-1], s.buffer),
+    "copy of another type": lambda s, w: ops.copy_(s.buffer, s.backup.char()),
+    "too few weights": lambda s, w: ops.select_(s.buffer, s.plan, w[:-1], [], []),
+    "weight of another shape": lambda s, w: ops.select_(s.buffer, s.plan, [w[0][:-1], *w[1:]], [], []),
+    "weight of another rank": lambda s, w: ops.select_(s.buffer, s.plan, [w[0][None], *w[1:]], [], []),
+    "weight of another type": lambda s, w: ops.select_(s.buffer, s.plan, [w[0].double(), *w[1:]], [], []),
+    "h without its slot": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 5)], []),
+    "h of another width": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 6)], [0]),
+    "h of another type": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 5).int()], [0]),
     "h without axes": lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(()), 0),
     "slot beyond": lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(1, 5), 2),
-    "slot before": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, w, [torch.ones(1, 5)], [-1]),
+    "slot before": lambda s, w: ops.select_(s.buffer, s.plan, w, [torch.ones(1, 5)], [-1]),
     "short sums": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat[:-1], w, [], []),
-    "sums of another type": lambda s, w: ops.choose_(s.buffer, s.backup, s.plan, s.flat.float(), w),
-    "sums with gaps": lambda s, w: ops.choose_(s.buffer, s.backup, s.plan, s.flat.repeat_interleave(2)[::2], w),
-    "no weights": lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [], [], []),
-    "too few weights to choose": lambda s, w: ops.choose_(s.buffer, s.backup, s.plan, s.flat, w[:-1]),
+    "sums of another type": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.float(), w),
+    "sums with gaps": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat.repeat_interleave(2)[::2], w),
+    "no weights": lambda s, w: ops.select_(s.buffer, s.plan, [], [], []),
+    "too few weights to choose": lambda s, w: ops.choose_(s.buffer, s.plan, s.flat, w[:-1]),
     "too few weights to sum": lambda s, w: ops.sum_(s.buffer, s.plan, s.flat, w[:-1], [], []),
     "region beyond": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [2 * len(s.regions)]),
     "region before": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0]], [-1]),
     "too few tensors": lambda s, w: ops.reinit_(s.buffer, s.plan, [], [0]),
+    "region beyond, checked": lambda s, w: ops.check_reinit(s.buffer, s.plan, [w[0]], [2 * len(s.regions)]),
     "too many tensors": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0], w[0]], [0]),
     "another tensor": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[1]], [0]),
     "tensor of another type": lambda s, w: ops.reinit_(s.buffer, s.plan, [w[0].int()], [0]),
@@ -932,10 +933,10 @@ def test_an_operator_refuses_what_would_lead_it_astray(operators, call):
 
 
 WRONG_KINDS = {
-    "too few arguments": (lambda s, w: ops.select_(s.buffer, s.backup), "takes 6 arguments, not 2"),
+    "too few arguments": (lambda s, w: ops.select_(s.buffer, s.plan), "takes 5 arguments, not 2"),
     "an array": (lambda s, w: ops.capture_(s.buffer, s.plan, np.ones((1, 5)), 0), "numpy.ndarray stands for a torch"),
-    "nothing": (lambda s, w: ops.select_(s.buffer, s.backup, s.plan, [None, *w[1:]], [], []), "NoneType stands for a"),
-    "a tuple": (lambda s, w: ops.select_(s.buffer, s.backup, s.plan, tuple(w), [], []), "tuple stands for a list"),
+    "nothing": (lambda s, w: ops.select_(s.buffer, s.plan, [None, *w[1:]], [], []), "NoneType stands for a"),
+    "a tuple": (lambda s, w: ops.select_(s.buffer, s.plan, tuple(w), [], []), "tuple stands for a list"),
     "a name": (lambda s, w: ops.capture_(s.buffer, s.plan, torch.ones(1, 5), "0"), "'str' object cannot be"),
 }
 
@@ -957,7 +958,7 @@ def test_a_compiled_function_says_what_pytorch_does_not_show(operators):
         (torch._efficientzerotensor((1, 5)), "no memory"),
     ):
         with pytest.raises((RuntimeError, BufferError), match=error):
-            ops.select_(state.buffer, state.backup, state.plan, weights, [odd], [0])
+            ops.select_(state.buffer, state.plan, weights, [odd], [0])
     assert not state.buffer[state.offsets[4] :].any()
 
 

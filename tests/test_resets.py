@@ -6,7 +6,8 @@ from test_discovery import ZOO
 
 from cbp_fast import ContinualBackprop, find_unit_groups
 from cbp_fast.engine import unobserved
-from cbp_fast.running import forwards, tensors_in
+from cbp_fast.running import forwards
+from cbp_fast.snapshot import tensors_in
 from cbp_fast.unit_groups import resolve
 from cbp_fast.verification import _columns, _Uncoupled
 

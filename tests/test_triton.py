@@ -24,18 +24,7 @@ from cbp_fast.ops import backend_for
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def interpreter_arithmetic(monkeypatch):
-    """The interpreter computes in NumPy, which would warn of what floating point does by design."""
-    if triton.__version__.startswith("3.6."):
-        # its loops take their bounds by int(array of one element), which NumPy has refused since
-        def patch_tensor(tensor, scope, plain=interpreter._patch_lang_tensor):
-            plain(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
-    with np.errstate(all="ignore"):
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def check_on_triton(case):
@@ -276,6 +265,7 @@ KINDS = {
     "in a group": lambda: (nn.Conv2d(64, 8, 3, groups=2), (2, 64, 3, 4), (36,)),
     "across groups": lambda: (nn.Conv2d(32, 16, 2, groups=4), (2, 32, 3, 4), (4,)),
     "whole groups": lambda: (nn.Conv2d(24, 12, (1, 3), groups=3), (2, 24, 3, 4), (8,)),
+    "from within a group": lambda: (nn.Conv1d(60, 8, 2, groups=4), (2, 60, 5), (7,)),
     "in a group of 1 x 1": lambda: (nn.Conv2d(64, 16, 1, groups=2), (2, 64, 3, 4), (40,)),
     "by position in a part": lambda: (nn.Conv1d(16 * 3 + 16, 8, 1), (2, 64, 4), (16, 3, 1, 16)),
 }
@@ -304,6 +294,29 @@ def test_any_memory_layout(kind, view, rule, backend):
     assert len(results[0][1]) == 4
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("init", ["kaiming", "normal"])
+def test_each_tensor_has_a_kind_of_draw_of_its_own(init, backend):
+    """Embeddings are drawn normal, whatever the layers beside them are drawn by, and a part of one too."""
+    results = []
+    for backend_ in (backend, "reference"):
+        torch.manual_seed(0)
+        table, other, linear, reader = nn.Embedding(5, 13), nn.Embedding(3, 40), nn.Linear(4, 13), nn.Linear(13, 2)
+        producers = [table, linear, Part(other, 3, 2)]
+        cbp = engine_of([(producers, [reader])], Rule.nature(init=init), backend=backend_, replacement_rate=1.0)
+        cbp._engine.record(0, torch.ones(2, 13))
+        cbp.step()
+        results.append([layer.weight.detach() for layer in (table, other, linear)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    if init == "kaiming":
+        assert torch.equal(results[0][2], results[1][2])
+    redrawn = torch.cat([results[0][0].flatten(), results[0][1][:, 3:29].flatten()])
+    # 143 draws: mean and deviation within 4 standard errors
+    assert abs(redrawn.mean()) < 4 / math.sqrt(143)
+    assert abs(redrawn.std() - 1) < 4 / math.sqrt(2 * 143)
 
 
 def test_sums_that_are_split_among_programs():

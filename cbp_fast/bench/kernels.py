@@ -159,7 +159,7 @@ def _operation(
     case: Case, engine: Engine, backend: Any, optimizer: torch.optim.Optimizer
 ) -> tuple[Callable[[], None], list[Tensor]]:
     """What is timed, and the memory it must touch (for `reinit_`: as many bytes)."""
-    state, held, slots = engine.state, list(engine._held), list(engine._slots)
+    state, (slots, held) = engine.state, engine._intact()
     if case.op == "capture_":
         return lambda: backend.capture_(state, 0, held[0]), held[:1]
     weights = engine._weights()

@@ -112,7 +112,7 @@ def _rate(options: Options) -> Iterator[tuple[str, list[Row]]]:
     # the moments are reset as well, but the optimizer's own step is not what is timed
     cbp._optimizers = [optimizer]
     network.model(network.x)
-    held = list(zip(cbp._engine._slots, cbp._engine._held, strict=True))
+    held = list(zip(*cbp._engine._intact(), strict=True))
 
     def replace(units: int) -> Timer[float]:
         def step() -> None:

@@ -215,7 +215,7 @@ def compiled_select(cbp: ContinualBackprop) -> Callable[[], None]:
         reference.sum_(engine.state, weights, seen, slots)
         reference.choose_groups_(engine.state)
 
-    return lambda: select(engine._weights(), engine._slots, engine._held)
+    return lambda: select(engine._weights(), *engine._intact())
 
 
 def stated_bytes(case: Case, rule: str) -> int:
