@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from .attaching import attached
 from .continual_backprop import ContinualBackprop
 from .discovery import explain, find_unit_groups
 from .modules import CBPConv, CBPLinear
@@ -24,6 +25,7 @@ __all__ = [
     "Part",
     "Rule",
     "UnitGroup",
+    "attached",
     "explain",
     "find_unit_groups",
     "metrics",

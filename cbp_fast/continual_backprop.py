@@ -4,66 +4,125 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _get_tracing_state as _tracing
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from . import modules
+from .attaching import (
+    Hook,
+    check_runs_hooks,
+    enlist,
+    everyone,
+    forget_compiled,
+    hang,
+    is_optimizer,
+    let_go,
+    strike,
+    take_off,
+    with_inner,
+)
 from .discovery import NeedsInputs, explain, find_unit_groups
 from .distributed import Joinable, join_hook_of, join_processes, notify_join, several_processes, unwrapped
 from .dtensors import is_dtensor
-from .engine import Engine, Rates, checked_hyper, checked_seed, checked_state, described, is_observed, step_together
+from .engine import (
+    Engine,
+    Rates,
+    checked_hyper,
+    checked_seed,
+    checked_state,
+    described,
+    in_functional_call,
+    is_observed,
+    step_together,
+)
 from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
-from .running import Given
-from .unit_groups import Part, ResolvedGroup, UnitGroup, check_disjoint, own_tensors, resolve, shared_memory
+from .running import Given, is_function
+from .unit_groups import (
+    Part,
+    ResolvedGroup,
+    UnitGroup,
+    check_disjoint,
+    own_tensors,
+    resolve,
+    shared_layer,
+    shared_memory,
+)
 
 
-class _Recorder:
-    """Forward pre-hook of a reading layer: its input is the feature that its weight multiplies.
+class _Nobody:
+    """Stands for the engine of a hook that was taken off, and may hang elsewhere still."""
 
-    Copies and pickles do nothing, so that a deepcopied or averaged model carries no continual backprop with it.
-    """
+    @staticmethod
+    def record(slot: int, h: Tensor) -> None:
+        """Nobody looks at it."""
+
+
+class _Recorder(Hook):
+    """Forward pre-hook of a reading layer: its input is the feature that its weight multiplies."""
 
     __slots__ = ("engine", "slot")
 
-    def __init__(self, engine: Engine | None = None, slot: int = 0) -> None:
-        self.engine = engine
+    def __init__(self, cbp: ContinualBackprop, engine: Engine, slot: int) -> None:
+        super().__init__(cbp)
+        self.engine: Engine | _Nobody = engine
         self.slot = slot
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and self.engine is not None and torch.is_grad_enabled():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        # a trace would hold what is done with the activations
+        if module.training and is_grad_enabled() and not _tracing():
             self.engine.record(self.slot, args[0] if args else kwargs["input"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
-        return _Recorder()
-
-    def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
-        return _Recorder, ()
+    def off(self) -> None:
+        self.engine = _Nobody()
 
 
-class _Later:
-    """Forward pre-hook that removes hooks, its own among them; copies and pickles do nothing."""
+class _Later(Hook):
+    """Forward pre-hook of the model that takes off what could not be taken off at once."""
 
-    def __init__(self) -> None:
-        self.handles: list[RemovableHandle] = []
+    __slots__ = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        if not is_compiling():
+            self.cbp._sweep()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Later:
-        return _Later()
 
-    def __reduce__(self) -> tuple[type[_Later], tuple[()]]:
-        return _Later, ()
+class _Asked(NamedTuple):
+    """What is remembered of how the groups are to be found."""
+
+    groups: UnitGroup | Sequence[UnitGroup] | None
+    example_inputs: Any
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    include_coupled: bool = False
+    unreached_ok: bool = False
+    ignore_outputs: str | Sequence[str] = ()
+    verify: bool = False
+
+    def finding(self) -> dict[str, Any]:
+        """The options of `find_unit_groups`."""
+        return {name: getattr(self, name) for name in ("include_coupled", "unreached_ok", "ignore_outputs", "verify")}
+
+    def without_finding(self) -> _Asked:
+        return self._replace(include_coupled=False, unreached_ok=False, ignore_outputs=(), verify=False)
+
+    def check_given(self) -> None:
+        """Raises ValueError for options of finding groups, where groups are given."""
+        options = [name for name, value in self.finding().items() if value]
+        if options:
+            raise ValueError(f"groups= gives the unit groups, and {', '.join(options)} is for finding them")
 
 
 class _Place(NamedTuple):
@@ -75,16 +134,16 @@ class _Place(NamedTuple):
     module: nn.Module
 
 
-class _FirstForward(_Later):
-    """Forward pre-hook of the model that finds its groups; copies and pickles do nothing."""
+class _FirstForward(Hook):
+    """Forward pre-hook of the model that finds its groups."""
 
-    def __init__(self, cbp: ContinualBackprop) -> None:
-        super().__init__()
-        self.cbp = cbp
+    __slots__ = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # type: ignore[override]
-        if module.training and torch.is_grad_enabled() and not is_compiling() and is_observed():
-            self.cbp._attach_in_forward(args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        looks = module.training and is_grad_enabled() and not _tracing() and not is_compiling() and is_observed()
+        # nor by parameters that are not the model's
+        if looks and not in_functional_call():
+            self.cbp._attach_in_forward(args, kwargs or {})
 
 
 class _Round:
@@ -172,13 +231,15 @@ class ContinualBackprop(Rates, Joinable):
 
     After every step of the optimizer a few hidden units of least utility are re-initialised: their incoming weights are
     drawn anew, their bias, norm entries, outgoing weights and optimizer state are reset. The model is not wrapped or
-    changed; `remove()` takes everything off again.
+    changed, and copies and pickles of it carry nothing of this; `remove()` takes everything off again. The object stays
+    attached if nobody keeps it: :func:`cbp_fast.attached` finds it.
 
     Args:
         model: the network. Its hidden units are found by tracing its forward once (see `find_unit_groups`), or given
             by `groups`.
         optimizer: the optimizer, or all of them, that train the model. A step of continual backprop follows once each
-            has stepped. Without one, call `step()` after your own update; it then knows no optimizer's state to reset.
+            has stepped. Of a wrapper that runs no hooks (accelerate's) give what it wraps. Without one, call `step()`
+            after your own update; it then knows no optimizer's state to reset.
         rule: "nature", "gnt", "clarena" or a `Rule`.
         replacement_rate: share of the mature units that is replaced each step, in [0, 1].
         maturity_threshold: steps for which a new unit is protected.
@@ -187,6 +248,7 @@ class ContinualBackprop(Rates, Joinable):
         example_inputs: a small batch to run the model on, to find its groups; as of `find_unit_groups`. Without it one
             is guessed, and where that cannot be done the groups are found in the first training forward.
         include, exclude: patterns (`fnmatch`) of group names to take, or to leave out.
+        include_coupled, unreached_ok, ignore_outputs, verify: as of `find_unit_groups`; not with `groups`.
         backend: "cpp", "triton", "reference", or None for the fastest on the model's device.
         capture: "deferred" holds activations until the step, "inline" sums them in the forward, "auto" does the first
             while less than 4 MiB are held.
@@ -201,7 +263,12 @@ class ContinualBackprop(Rates, Joinable):
 
     Raises:
         ValueError: no unit groups were found, layers that do not fit together, numbers out of range, or unknown names.
-        TypeError: an argument of a wrong kind.
+        TypeError: an argument of a wrong kind. Whatever is raised, nothing is attached then.
+
+    Warns:
+        UserWarning: once, in the step that comes next, of what makes it work less than it seems: no training forward
+            was seen, an optimizer that was not given trains the units, a parameter of theirs was assigned that no
+            optimizer holds, or a layer was added that may read them.
 
     Example:
         >>> cbp = ContinualBackprop(model, optimizer, replacement_rate=1e-4)
@@ -225,6 +292,10 @@ class ContinualBackprop(Rates, Joinable):
         example_inputs: Any = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        include_coupled: bool = False,
+        unreached_ok: bool = False,
+        ignore_outputs: str | Sequence[str] = (),
+        verify: bool = False,
         backend: str | None = None,
         capture: str = "auto",
         seed: int | None = None,
@@ -234,114 +305,174 @@ class ContinualBackprop(Rates, Joinable):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
         super().__init__()
         self._rule = Rule.make(rule)
-        self._optimizers = _optimizers(optimizer)
-        wrapped, model = model, unwrapped(model)
-        _check_not_compiled(model)
-        self._model, self._wrapped, self._process_group = model, wrapped, process_group
-        self._given = (groups, example_inputs)
-        self._patterns = (include, exclude)
+        steppers = _optimizers(optimizer)
+        self._wrapped, self._model, self._process_group = model, unwrapped(model), process_group
+        _check_not_compiled(self._model)
         self._backend, self._seed = backend, seed
-        self._engine: Engine
-        self._groups: list[UnitGroup] = []
-        self._places: list[_Place] = []
-        self._follow_places()
-        self._hooks: list[RemovableHandle] = []
+        self._asked = _Asked(groups, example_inputs, include, exclude)._replace(
+            include_coupled=include_coupled, unreached_ok=unreached_ok, ignore_outputs=ignore_outputs, verify=verify
+        )
         hyper = {
             "replacement_rate": replacement_rate,
             "maturity_threshold": maturity_threshold,
             "decay_rate": decay_rate,
         }
         self._seed = checked_seed(capture, seed)
+        self._engine: Engine = cast(Engine, _Awaited(self._rule, hyper, capture))
+        self._misfit: ValueError | None = None
+        self._groups: list[UnitGroup] = []
+        self._places: list[_Place] = []
+        self._parents: list[dict[str, nn.Module | None]] = []
+        self._keys: list[str] = []
+        self._modules: list[nn.Module | None] = []
+        self._round = _Round([])
+        # our hooks, and where they hang; none: it is not attached
+        self._hooks: list[tuple[nn.Module, Hook]] = []
+        # those that are followed, and those that keep state, which may be inside of them
+        self._steppers: list[Optimizer] = []
+        self._optimizers: list[Optimizer] = []
+        # where hooks are, or have been left
+        self._hung: list[nn.Module] = []
+        self._met: list[Optimizer] = []
+        # whether the groups are still to be found in a forward
+        self._waiting = False
+        # whether the next step has something to look at: the first forward, or what was registered since
+        self._news, self._heard, self._told = True, False, False
+        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._assigned: list[tuple[nn.Module, str]] = []
+        self._follow(self._asked, steppers)
+
+    def _follow(self, asked: _Asked, steppers: list[Optimizer], example_inputs: Any = None) -> None:
+        """Attach to the model as it is, or go on so; if it raises, wherever that is, nothing has changed.
+
+        Args:
+            asked: what is remembered.
+            steppers: the optimizers that are followed.
+            example_inputs: to be used this time.
+        """
+        before, attached = self._engine, bool(self._hooks)
         try:
-            self._attach(self._resolve(), **hyper, capture=capture)
-        except NeedsInputs:
-            # in a forward, parameters that processes hold parts of are not what they are in a step
-            if any(is_dtensor(p) for p in model.parameters()):
-                raise
-            self._engine = cast(Engine, _Awaited(self._rule, hyper, capture))
-            self._hooks = [model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
-        self._heard = False
-        self._follow_optimizers()
+            try:
+                new: dict[str, Any] = {"_asked": asked, "_told": False, "_news": True, "_assigned": []}
+                new["_seen"] = weakref.WeakSet(self._model.modules())
+                try:
+                    resolved = self._resolve(asked, steppers, example_inputs)
+                except NeedsInputs:
+                    # in a forward, parameters that processes hold parts of are not what they are in a step
+                    if any(is_dtensor(p) for p in self._model.parameters()):
+                        raise
+                    new |= {"_waiting": True, "_hooks": [(self._model, _FirstForward(self))], **_compared([])}
+                else:
+                    new |= self._attach(resolved, before)
+                if steppers != self._steppers:
+                    new |= {"_steppers": steppers, "_optimizers": with_inner(steppers), "_round": _Round(steppers)}
+                forget_compiled()
+                for module, hook in new["_hooks"]:
+                    self._hung.append(module)
+                    hang(module, hook)
+                for optimizer in steppers:
+                    if all(optimizer is not known for known in self._steppers):
+                        self._met.append(optimizer)
+                        optimizer.register_step_post_hook(self._after_optimizer_step)
+                        if several_processes():
+                            optimizer.register_step_pre_hook(self._before_optimizer_step)
+                enlist(self)
+                if steppers:
+                    watch_skips(self)
+                # at once, as one call; after vars(self).update() every later look at an attribute would take longer
+                deque(map(object.__setattr__, repeat(self), new, new.values()), maxlen=0)
+                if before is not self._engine:
+                    before.enabled = False
+                elif self._waiting and not isinstance(before, _Awaited):
+                    before.forget_forwards()
+            finally:
+                self._sweep()
+            misfit, self._misfit = self._misfit, None
+            if misfit is not None:
+                raise ValueError(
+                    "what was loaded before the unit groups were found does not fit them, and training starts without "
+                    f"it: {misfit}"
+                ) from misfit
+        except BaseException:
+            self._sweep()
+            if not attached and self._hooks:
+                # it came after all was done, but nobody gets the object
+                self.remove()
+            raise
 
-    def _follow_optimizers(self) -> None:
-        self._round = _Round(self._optimizers)
-        self._optimizer_hooks = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers]
-        if self._optimizers:
-            watch_skips(self)
-        if several_processes():
-            self._optimizer_hooks += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
-
-    def _resolve(self) -> list[ResolvedGroup]:
+    def _resolve(self, asked: _Asked, steppers: list[Optimizer], example_inputs: Any) -> list[ResolvedGroup]:
         """The groups, given or found in the model as it is, after all checks."""
-        groups, example_inputs = self._given
-        if isinstance(groups, UnitGroup):
-            groups = [groups]
-        found = find_unit_groups(self._model, example_inputs) if groups is None else list(groups)
+        groups = [asked.groups] if isinstance(asked.groups, UnitGroup) else asked.groups
+        example_inputs = asked.example_inputs if example_inputs is None else example_inputs
+        if groups is None:
+            _check_has_forward(self._model, example_inputs)
+            found = find_unit_groups(self._model, example_inputs, **asked.finding())
+        else:
+            asked.check_given()
+            found = list(groups)
         tied = shared_memory(own_tensors(self._model))
         every = _in_forward_order([resolve(self._model, group, tied) for group in found])
         if not every:
-            why = "groups is empty" if groups is not None else explain(self._model, example_inputs)
+            why = "groups is empty" if groups is not None else explain(self._model, example_inputs, **asked.finding())
             raise ValueError(f"the model has no unit group to work on:\n{why}")
-        resolved = _filtered(every, *self._patterns)
+        resolved = _filtered(every, asked.include, asked.exclude)
         if not resolved:
             names = ", ".join(group.name for group in every)
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {names}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
-        _check_not_attached(self._model, resolved, self if self._hooks else None)
-        _check_optimizers(self._optimizers, resolved)
+        _check_not_attached(self._model, resolved, self)
+        _check_optimizers(steppers, resolved)
         return resolved
 
-    def _attach(self, resolved: list[ResolvedGroup], **options: Any) -> None:
-        """Make the state of the groups and observe their readers."""
+    def _attach(self, resolved: list[ResolvedGroup], before: Engine) -> dict[str, Any]:
+        """The state of the groups, which goes on from what was before, and hooks to observe their readers."""
+        options: dict[str, Any] = {**before.hyper, "capture": before.capture}
         alike = {**options, "rule": self._rule, "backend": self._backend}
         processes = join_processes(self._wrapped, resolved, self._process_group, self._seed, alike)
         seed = processes.seed if processes else self._seed
-        self._engine = Engine(self._rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
-        self._groups = [group.unit_group() for group in resolved]
-        self._places = _places(self._model, resolved)
-        self._follow_places()
-        self._hooks = [
-            slot.module.register_forward_pre_hook(_Recorder(self._engine, i), with_kwargs=True)
-            for i, slot in enumerate(self._engine.state.slots)
-        ]
+        engine = Engine(self._rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
+        if not isinstance(before, _Awaited):
+            engine.adopt(before)
+        misfit: ValueError | None = None
+        if isinstance(before, _Awaited) and before.kept is not None:
+            try:
+                engine.load_state_dict(before.kept)
+            except ValueError as error:
+                misfit = error
+                engine.set_hyper(**before.set)
+        engine.enabled = before.enabled
+        return {
+            "_misfit": misfit,
+            "_engine": engine,
+            "_groups": [group.unit_group() for group in resolved],
+            **_compared(_places(self._model, resolved)),
+            "_hooks": [(slot.module, _Recorder(self, engine, i)) for i, slot in enumerate(engine.state.slots)],
+            "_waiting": False,
+        }
 
-    def _follow_places(self) -> None:
-        # apart, as each step compares them at once
-        self._parents = [place.children for place in self._places]
-        self._keys = [place.key for place in self._places]
-        self._modules: list[nn.Module | None] = [place.module for place in self._places]
+    def _sweep(self) -> None:
+        """Take off every hook of ours that is not in use."""
+        used = {id(hook) for _, hook in self._hooks}
+        take_off({*self._model.modules(), *self._hung}, lambda hook: hook.cbp is self and id(hook) not in used)
+        self._hung = [module for module, _ in self._hooks]
+        steppers = self._steppers if self._hooks else []
+        unused = [o for o in self._met if all(o is not other for other in steppers)]
+        if unused and inside_step():
+            # a hook that goes while torch loops over the hooks breaks the loop; the next forward is soon enough
+            self._hung.append(self._model)
+            hang(self._model, _Later(self))
+            return
+        for optimizer in unused:
+            let_go(optimizer, self)
+        self._met = list(steppers)
+        if not self._hooks:
+            strike(self)
+            unwatch_skips(self)
 
     def _attach_in_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the groups by what a training forward is given, and observe it already."""
-        awaited, (hook,), given = cast(_Awaited, self._engine), self._hooks, self._given
-        hook.remove()
-        self._given = (None, Given(args, kwargs))
-        misfit: ValueError | None = None
-        try:
-            self._attach(self._resolve(), **awaited.hyper, capture=awaited.capture)
-            self._engine.enabled = awaited.enabled
-            if awaited.kept is not None:
-                try:
-                    self._engine.load_state_dict(awaited.kept)
-                except ValueError as error:
-                    misfit = error
-                    self._engine.set_hyper(**awaited.set)
-        except BaseException:
-            # the next forward tries again
-            for handle in self._hooks:
-                handle.remove()
-            self._engine, self._groups, self._places = cast(Engine, awaited), [], []
-            self._follow_places()
-            self._hooks = [self._model.register_forward_pre_hook(_FirstForward(self), with_kwargs=True)]
-            raise
-        finally:
-            self._given = given
-        if misfit is not None:
-            raise ValueError(
-                f"what was loaded before the unit groups were found does not fit them, and training starts without it: "
-                f"{misfit}"
-            ) from misfit
+        """Find the groups by what a training forward is given, and observe it already; or let the next one try."""
+        self._follow(self._asked, self._steppers, Given(args, kwargs))
 
     def refresh(
         self,
@@ -349,42 +480,39 @@ class ContinualBackprop(Rates, Joinable):
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         groups: UnitGroup | Sequence[UnitGroup] | None = None,
         example_inputs: Any = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        include_coupled: bool | None = None,
+        unreached_ok: bool | None = None,
+        ignore_outputs: str | Sequence[str] | None = None,
+        verify: bool | None = None,
     ) -> None:
         """Follow a model that was changed (a head was added, a layer replaced or frozen), or a new optimizer.
 
-        The groups are found anew. Those of the same name and number of units keep their utilities, ages and totals;
-        the others start afresh. Forwards since the last step are forgotten.
+        The groups are found anew, as at attaching: now, or where no input is given and none can be guessed, in the next
+        training forward. Those of the same name and number of units keep their utilities, ages and totals; the others
+        start afresh. Forwards since the last step are forgotten.
 
         Args:
-            optimizer, groups, example_inputs: as at attaching; None: what was given there, or here the last time.
+            optimizer, groups, example_inputs, include, exclude, include_coupled, unreached_ok, ignore_outputs, verify:
+                as at attaching; None: what was given there, or here the last time. With `groups` what was said of
+                finding them is forgotten.
 
         Raises:
             ValueError, TypeError: as at attaching. Nothing has changed then.
             RuntimeError: after `remove()`.
         """
         self._check_attached()
-        before, optimizers = self._given, self._optimizers
-        self._given = (before[0] if groups is None else groups, before[1] if example_inputs is None else example_inputs)
-        old, hooks = self._engine, self._hooks
-        try:
-            if optimizer is not None:
-                self._optimizers = _optimizers(optimizer)
-            self._attach(self._resolve(), **old.hyper, capture=old.capture)
-        except Exception:
-            self._given, self._optimizers = before, optimizers
-            raise
-        if self._optimizers is not optimizers:
-            for handle in self._optimizer_hooks:
-                handle.remove()
-            self._follow_optimizers()
-        for handle in hooks:
-            handle.remove()
-        if not isinstance(old, _Awaited):
-            self._engine.adopt(old)
-        elif old.kept is not None:
-            self._engine.load_state_dict(old.kept)
-        self._engine.enabled = old.enabled
-        old.enabled = False
+        finding = {
+            "include_coupled": include_coupled,
+            "unreached_ok": unreached_ok,
+            "ignore_outputs": ignore_outputs,
+            "verify": verify,
+        }
+        given = {"groups": groups, "example_inputs": example_inputs, "include": include, "exclude": exclude, **finding}
+        asked = self._asked if groups is None else self._asked.without_finding()
+        asked = asked._replace(**{name: value for name, value in given.items() if value is not None})
+        self._follow(asked, self._steppers if optimizer is None else _optimizers(optimizer))
 
     def step(self) -> None:
         """One step of continual backprop; runs by itself after the optimizer's if one was given.
@@ -402,19 +530,87 @@ class ContinualBackprop(Rates, Joinable):
         if list(map(dict.get, self._parents, self._keys)) != self._modules:
             name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
             raise RuntimeError(f"'{name}' was replaced after attaching; call refresh()")
-        if not self._heard:
-            self._heard = True
-            # of several processes one may be without data
-            if engine.processes is None and not engine.has_data:
-                warnings.warn(
-                    "no training forward of the model was seen before the first step of continual backprop, which "
-                    "changes nothing; if the model is compiled, attach before its first compiled call, with "
-                    "example_inputs",
-                    stacklevel=2,
-                )
+        if self._news and not self._look():
+            return
         if engine.processes is not None and not engine.begun:
             notify_join(self)
         step_together([engine], self._optimizers)
+
+    def _look(self) -> bool:
+        """Say what the next step should not pass over in silence; whether there are groups to step."""
+        first, self._heard = not self._heard, True
+        # of several processes one may be without data
+        if first and (self._waiting or (self._engine.processes is None and not self._engine.has_data)):
+            warnings.warn(
+                "no training forward of the model was seen before the first step of continual backprop, which changes "
+                f"nothing; if the training loop does not call {type(self._model).__name__}.forward(), give "
+                "example_inputs=lambda model: ..., which runs what it calls, or attach to its parts; if the model is "
+                "compiled, attach before its first compiled call, with example_inputs",
+                stacklevel=3,
+            )
+        if self._waiting:
+            return False
+        self._news = False
+        modules, self._assigned = self._assigned, []
+        names = {module: name for name, module in self._model.named_modules()}
+        known = {id(p) for o in self._steppers for group in o.param_groups for p in group["params"]}
+        for module, key in modules if self._steppers else ():
+            now = module._parameters.get(key)
+            if module in names and now is not None and now.requires_grad and id(now) not in known:
+                warnings.warn(
+                    f"{names[module]}{names[module] and '.'}{key} was assigned anew after continual backprop was "
+                    "attached, and no optimizer given to it holds the new one; make one that does, and call "
+                    "refresh(optimizer=...)",
+                    stacklevel=3,
+                )
+                break
+        widths = {n for g in self._engine.groups for n in (g.num_units, g.num_units * g.columns_per_unit)}
+        widths |= {slot.features for slot in self._engine.state.slots}
+        for module, name in names.items():
+            own = module._parameters.values()
+            if module not in self._seen and any(p is not None and not widths.isdisjoint(p.shape) for p in own):
+                warnings.warn(
+                    f"'{name}' was added to the model after continual backprop was attached; should it read units of a "
+                    "group, it would feel every replaced one: call refresh()",
+                    stacklevel=3,
+                )
+                break
+        self._seen.update(names)
+        return True
+
+    def _registered(self, module: nn.Module, key: str, value: Any) -> None:
+        """A module was given a module or a parameter, by assignment for example."""
+        if module in self._seen:
+            self._news = True
+            if isinstance(value, nn.Parameter) and module in self._modules:
+                self._assigned.append((module, key))
+
+    def _overheard(self, optimizer: Optimizer) -> bool:
+        """An optimizer has stepped; whether that is of no interest, as long as nothing else is attached."""
+        if not self._steppers or any(optimizer is known for known in self._steppers):
+            return True
+        if self._told or not self._engine.enabled:
+            return self._told
+        groups = () if self._waiting else self._engine.groups
+        members = (m for g in groups for m in (*g.incoming, *g.norms, *g.outgoing))
+        mine = {id(p) for module in ({m.module for m in members} or {self._model}) for p in module.parameters()}
+        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return True
+        # what an optimizer that is followed steps itself is its own affair
+        if any(inside_step(known) for known in self._steppers):
+            return True
+        self._told = True
+        warnings.warn(
+            f"an optimizer ({type(optimizer).__name__}) that was not given to continual backprop trains its units; its "
+            "steps are not followed, nor is its state reset. Call refresh(optimizer=...) with all that train the model "
+            "(cbp_fast.attached(model) finds the object), or remove()",
+            stacklevel=5,
+        )
+        return True
+
+    def _followed(self) -> set[nn.Module]:
+        """The model, its layers that are in a group, and where hooks hang."""
+        return {self._model, *(p.module for p in self._places), *(module for module, _ in self._hooks)}
 
     def _check_attached(self) -> None:
         if not self._hooks:
@@ -424,7 +620,7 @@ class ContinualBackprop(Rates, Joinable):
         # a closure has forwards of its own, and of several optimizers the others may be followed by some
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         last, engine = self._round.is_last(optimizer), self._engine
-        if engine.processes is None:
+        if engine.processes is None or self._waiting:
             return
         if closure is not None or not last or not self._hooks or not engine.enabled or engine.state.splits_sums:
             engine.await_sums()
@@ -434,13 +630,13 @@ class ContinualBackprop(Rates, Joinable):
             engine.begin()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._follow(optimizer, skipped(optimizer))
+        self._after_update(optimizer, skipped(optimizer))
 
     def _after_skipped_step(self, optimizer: Optimizer) -> None:
-        if any(optimizer is mine for mine in self._optimizers):
-            self._follow(optimizer, was_skipped=True)
+        if any(optimizer is mine for mine in self._steppers):
+            self._after_update(optimizer, was_skipped=True)
 
-    def _follow(self, optimizer: Optimizer, was_skipped: bool) -> None:
+    def _after_update(self, optimizer: Optimizer, was_skipped: bool) -> None:
         if not self._hooks:
             return
         stepped = self._round.after(optimizer, was_skipped)
@@ -470,18 +666,8 @@ class ContinualBackprop(Rates, Joinable):
 
     def remove(self) -> None:
         """Take all hooks off the model and the optimizers; the object keeps its statistics but works no more."""
-        for handle in self._hooks:
-            handle.remove()
         self._hooks = []
-        unwatch_skips(self)
-        if not inside_step():
-            for handle in self._optimizer_hooks:
-                handle.remove()
-            return
-
-        # a hook that goes while torch loops over the hooks breaks the loop; the next forward is soon enough
-        later = _Later()
-        later.handles = [*self._optimizer_hooks, self._model.register_forward_pre_hook(later)]
+        self._sweep()
 
     def to(self, device: str | int | torch.device) -> ContinualBackprop:
         """Move the state to a device, after `model.to(device)`; forwards since the last step are forgotten."""
@@ -593,19 +779,30 @@ class ContinualBackprop(Rates, Joinable):
         raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
 
 
+def _compared(places: list[_Place]) -> dict[str, Any]:
+    """Attributes for the places of layers; apart, as each step compares them at once."""
+    return {
+        "_places": places,
+        "_parents": [place.children for place in places],
+        "_keys": [place.key for place in places],
+        "_modules": [place.module for place in places],
+    }
+
+
 def _name_of(layer: str | nn.Module | Part) -> str:
     """A layer as the table of groups names it: a part by the index of unit 0."""
     return f"{layer.layer}[{layer.start}:]" if isinstance(layer, Part) else str(layer)
 
 
 def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    if not isinstance(optimizers, Iterable):
+    given: Any = [] if optimizer is None else [optimizer] if is_optimizer(optimizer) else optimizer
+    if not isinstance(given, Iterable):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be a torch.optim.Optimizer or several")
-    optimizers = list(optimizers)
+    optimizers = list(given)
     for o in optimizers:
-        if not isinstance(o, Optimizer):
+        if not is_optimizer(o):
             raise TypeError(f"optimizer holds a {type(o).__name__}, must be torch.optim.Optimizer objects")
+        check_runs_hooks(o)
     # one that is given twice steps once
     return list({id(o): o for o in optimizers}.values())
 
@@ -668,25 +865,35 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
                 )
 
 
-def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: ContinualBackprop | None) -> None:
+def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: ContinualBackprop) -> None:
     """No unit belongs to two objects: `own` is the one that is asking."""
-    engines = {
-        hook.engine
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, _Recorder) and hook.engine is not None
-    }
+    call = "cbp_fast.attached(model) lists what is attached: call remove() of it first, or exclude= the group"
+    engines = {cbp._engine: call for cbp in everyone() if cbp is not own and not isinstance(cbp._engine, _Awaited)}
     # those of the layers that do the same
-    engines |= {e for module in model.modules() if isinstance(e := getattr(module, "_engine", None), Engine)}
-    for engine in engines - ({own._engine} if own else set()):
-        theirs = [replace(group, name=f"{group.name} ") for group in engine.groups]
-        try:
-            check_disjoint([*theirs, *groups])
-        except ValueError as error:
-            raise ValueError(
-                f"the model has continual backprop attached already ({error}); call its remove() first, or take the "
-                "layer out"
-            ) from None
+    layers = [*model.modules(), *modules.observed()]
+    engines |= {e: "take the layer out" for layer in layers if isinstance(e := getattr(layer, "_engine", None), Engine)}
+    for engine, mend in engines.items():
+        for theirs in engine.groups:
+            for group in groups:
+                if both := shared_layer(theirs, group):
+                    whose = f"group '{group.name}'" if engine.layer else f"its group '{theirs.name}'"
+                    by = engine.layer and f"by {engine.layer}, "
+                    raise ValueError(
+                        f"the model has continual backprop attached already ({by}with {both} of {whose}); {mend}"
+                    )
+
+
+def _check_has_forward(model: nn.Module, example_inputs: Any) -> None:
+    """Raises ValueError for a model that can be run only by a function, where there is none."""
+    inputs = example_inputs if isinstance(example_inputs, list) and example_inputs else [example_inputs]
+    if getattr(model.forward, "__func__", None) is not nn.Module.forward or all(map(is_function, inputs)):
+        return
+    name = type(model).__name__
+    parts = [repr(key) for key, part in model.named_children() if any(True for _ in part.parameters())]
+    raise ValueError(
+        f"{name} has no forward() to find its unit groups by; give example_inputs=lambda model: ..., a function that "
+        f"runs what the training loop calls, or attach to its parts by themselves ({', '.join(parts) or 'it has none'})"
+    )
 
 
 def _check_not_compiled(model: nn.Module) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import numbers
 import operator
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain, compress
 from operator import attrgetter, getitem, is_
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
 from . import cpp
@@ -57,6 +60,18 @@ def unobserved() -> Iterator[None]:
 
 # of the Linear layers that the kernels read; what has more is read as two axes
 _MOST_AXES = 8
+
+
+def in_functional_call() -> bool:
+    """Whether the caller runs within `torch.func.functional_call`, whose parameters may not be the model's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is stateless._functional_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 _version_of = attrgetter("_version")
 _size_of = torch.UntypedStorage.nbytes
 _is_trained = attrgetter("requires_grad")
@@ -121,6 +136,9 @@ class Engine:
         self._regions: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self._state.regions):
             self._regions[region.group].append(i)
+        # the parameters of each reading layer, and the weight that it had when it was last observed
+        self._readers = [slot.module._parameters for slot in self.state.slots]
+        self._own = [None if is_dtensor(own["weight"]) else own["weight"] for own in self._readers]
         # a slot whose activations were once changed in place after the forward is summed inline from then on
         self._inline = [False] * len(self._state.slots)
         # the layer of each slot, and which of them a warning has named
@@ -201,11 +219,14 @@ class Engine:
             h = h.flatten(0, -2)
         # a compiled forward keeps the operator in its graph, but would be compiled anew for every length of a list
         if is_compiling():
-            if h.device == self._device:
+            # what is exported belongs to nobody
+            if h.device == self._device and not is_exporting():
                 self._captured = True
                 self._functions.capture_(self._state, slot, h.detach())
             return
         if _here.unobserved:
+            return
+        if self._readers[slot].get("weight") is not self._own[slot] and not self._is_own(slot):
             return
         if self._journal is not None:
             self._journal.settle()
@@ -307,6 +328,16 @@ class Engine:
         except BaseException:
             journal.settle()
             raise
+
+    def _is_own(self, slot: int) -> bool:
+        """Whether the reader's weight, which is another than before, is its own, and not one that it is called with."""
+        # what is spread over processes is another tensor while it is in use
+        if self._own[slot] is None:
+            return True
+        if in_functional_call():
+            return False
+        self._own[slot] = self._readers[slot].get("weight")
+        return True
 
     def select(self) -> int:
         """Average utilities, age units and choose; returns how many were chosen, -1 if only the device knows.
@@ -892,7 +923,7 @@ def _copy(to: Tensor, source: Tensor) -> None:
 def _room_of(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its memory; -1 where that cannot be asked."""
     try:
-        return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+        return int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
     except (NotImplementedError, RuntimeError):
         return -1
 

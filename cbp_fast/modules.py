@@ -51,6 +51,11 @@ def _observe(layer: _CBPLayer) -> None:
         watch_skips(_this)
 
 
+def observed() -> list[_CBPLayer]:
+    """All layers that take part in steps."""
+    return [layer for ref in tuple(_layers) if (layer := ref()) is not None]
+
+
 def _forget(ref: weakref.ref[_CBPLayer]) -> None:
     """Drop a layer that is gone, and with the last one the hook."""
     global _hook
@@ -230,6 +235,9 @@ class _CBPLayer(Rates, nn.Module):
                     "trace model.eval(), or with a Tracer for which it is a leaf"
                 )
             if is_compiling():
+                # what is exported belongs to nobody
+                if is_exporting():
+                    return x
                 self._join()
             # a copy of a layer has the number of its original, and is known from its own first forward on; what was
             # compiled for the original has this as its guard, and does not serve the copy

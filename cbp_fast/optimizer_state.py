@@ -55,11 +55,12 @@ def _watched_step_or_skip(self: GradScaler, optimizer: Optimizer, *args: Any, **
     return result
 
 
-def inside_step() -> bool:
-    """Whether the caller runs within an optimizer's step, as its hooks do: none can be removed then."""
+def inside_step(optimizer: Optimizer | None = None) -> bool:
+    """Whether the caller runs within an optimizer's step, or this one's, as its hooks do: none can be removed then."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == _FILE and isinstance(frame.f_locals.get("self"), Optimizer):
+        of = frame.f_locals.get("self") if frame.f_code.co_filename == _FILE else None
+        if isinstance(of, Optimizer) and (optimizer is None or of is optimizer):
             return True
         frame = frame.f_back
     return False

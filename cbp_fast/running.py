@@ -60,10 +60,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def forwards(example_inputs: Any) -> list[Forward]:
     """Functions that run a model: one for each of the example inputs, which are a list where there are several."""
     several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
-    return [inputs if _is_function(inputs) else _call(inputs) for inputs in several]
+    return [inputs if is_function(inputs) else _call(inputs) for inputs in several]
 
 
-def _is_function(inputs: Any) -> bool:
+def is_function(inputs: Any) -> bool:
+    """Whether example inputs are a function that runs the model."""
     return callable(inputs) and not isinstance(inputs, (Tensor, dict))
 
 

@@ -211,6 +211,17 @@ def check_disjoint(groups: Iterable[ResolvedGroup]) -> None:
                 owners[role, module].append((group, block))
 
 
+def shared_layer(one: ResolvedGroup, other: ResolvedGroup) -> str:
+    """The first layer of which both groups have the same part in the same role, as messages say it; or nothing."""
+    for role in ("incoming", "outgoing", "norms"):
+        for layer, module, block in getattr(other, role):
+            mine = set(block.indices(other.num_units))
+            for _, theirs, taken in getattr(one, role):
+                if theirs is module and not mine.isdisjoint(taken.indices(one.num_units)):
+                    return f"'{layer}' in `{role}`"
+    return ""
+
+
 def check_model(model: nn.Module) -> None:
     """Checks that a model is a module, and not wrapped."""
     if not isinstance(model, nn.Module):

@@ -298,7 +298,10 @@ class Silent:
 
 def values_of(rng, entry):
     """Values that an entry may not have, and some that it may."""
-    like = entry if isinstance(entry, torch.Tensor) else torch.zeros(3)
+    # what was changed before may be no tensor to make others of
+    plain = type(entry) is torch.Tensor and entry.dim() == 1 and entry.layout == torch.strided
+    plain = plain and entry.device.type == "cpu" and not entry.is_quantized and entry.untyped_storage().nbytes() > 0
+    like = entry if plain else torch.zeros(3)
     n = len(like)
     history = (torch.ones(n, requires_grad=True) * 2).to(like.dtype) if like.is_floating_point() else torch.ones(n)
     freed = torch.zeros(n, dtype=like.dtype)

@@ -248,7 +248,8 @@ def test_refresh_follows_a_new_optimizer(attached):
     model, _, cbp, stream = attached
     ages = cbp.age["0"].clone()
     stream.optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    stream.train(1)
+    with pytest.warns(UserWarning, match=r"Call refresh\(optimizer="):
+        stream.train(1)
     assert torch.equal(cbp.age["0"], ages)
     cbp.refresh(optimizer=stream.optimizer)
     stream.train(6)
