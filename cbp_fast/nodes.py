@@ -121,9 +121,9 @@ class Nodes:
         self._table[5, nodes.start + 1 : nodes.stop + 1] = self._used + sizes.cumsum(0)
         self._used = end
 
-    def _leaf(self, source: Source | None) -> slice:
-        """New nodes that are leaves: of a source, or one mix."""
-        new = self._add(source.size if source else 1)
+    def _leaf(self, source: Source | None, count: int = 1) -> slice:
+        """New nodes that are leaves: of a source, or `count` mixes."""
+        new = self._add(source.size if source else count)
         ids = torch.arange(new.start, new.stop, device="cpu")
         self._keep(new, torch.ones_like(ids), ids)
         self._sets.update(zip(scramble(ids).tolist(), ids.tolist(), strict=True))
@@ -315,18 +315,23 @@ class Nodes:
         apart = ~mixed
         if apart.any():
             out[apart] = self.union(rows[apart].unbind(-1))
-        keys = scramble(rows).sum(-1)
-        for i in mixed.nonzero()[:, 0].tolist():
-            key = int(keys[i])
-            if key not in self._mix_of:
-                node = self._leaf(None).start
-                self.mixes.append(Mix(rows[i][rows[i] > 0], why))
-                self.mix[node], self.origin[node] = len(self.mixes), -len(self.mixes)
-                # a mix is data for whoever gates or shares it
-                both = self.join(torch.tensor([node], device="cpu"), torch.tensor([DATA], device="cpu"))
-                self._mix_of[key] = int(cast(Tensor, both))
-            out[i] = self._mix_of[key]
+        if mixed.any():
+            out[mixed] = self._mixed(rows[mixed], why)
         return out
+
+    def _mixed(self, rows: Tensor, why: str) -> Tensor:
+        """The mix of each row of ids, filled up by zeros."""
+        keys = scramble(rows).sum(-1).tolist()
+        fresh = {key: i for i, key in enumerate(keys) if key not in self._mix_of}
+        if fresh:
+            new = self._leaf(None, len(fresh))
+            self.mix[new] = torch.arange(len(self.mixes) + 1, len(self.mixes) + 1 + len(fresh), device="cpu")
+            self.origin[new] = -self.mix[new]
+            self.mixes += [Mix(rows[i][rows[i] > 0], why) for i in fresh.values()]
+            # a mix is data for whoever gates or shares it
+            both = self.with_data(torch.arange(new.start, new.stop, device="cpu"))
+            self._mix_of.update(zip(fresh, both.tolist(), strict=True))
+        return torch.tensor([self._mix_of[key] for key in keys], device="cpu")
 
     def leaves(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Units, parameters, data, ONE and mixes that `ids` [n] are made of: indices into it, and leaves."""
