@@ -381,7 +381,7 @@ def table(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: dict[str, str], remark: str) -> str:
     columns = (
-        "library tried of built|with groups|groups|units|layers left out|right|wrong|not shown|changed|crashes|"
+        "library tried of built|with groups|groups|units|layers left out|right|wrong|not shown|not checked|changed|crashes|"
         "blame the user|seconds median, worst|forwards median, worst|too slow|too large"
     )
     rows: list[list[Any]] = [[*columns.split("|")[0].split(), *columns.split("|")[1:]]]
@@ -404,6 +404,7 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
                 sum(v == "right" for r in built for v in r.get("verdicts", {}).values()),
                 sum(len(wrong(r)) for r in built),
                 sum(len(unclear(r)) for r in built),
+                sum(r["groups"] - len(r.get("verdicts", {})) for r in looked),
                 sum(bool(r.get("changed")) for r in built),
                 sum(map(crashed, built)),
                 sum(bool(r.get("blames")) for r in built),
@@ -416,10 +417,11 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     out = ["# Other people's models", "", f"`make zoo`, one thread: {names}. {remark}".strip(), "", *table(rows), ""]
     out += [
-        "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge. Changed: something "
-        "that can be reached from the model is otherwise after `find_unit_groups`. Seconds and forwards: CPU time of "
-        f"discovery, in seconds and in forwards. Too slow: more than {FORWARDS} forwards and than {SECONDS:.0f} s; too "
-        f"large: more than {MEMORY_FORWARDS} times the memory of a forward and than {MEGABYTES:.0f} MB. Crashes: "
+        "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge; not checked: for lack of "
+        "time. Changed: something that can be reached from the model is otherwise after `find_unit_groups`. Seconds and "
+        f"forwards: CPU time of discovery, in seconds and in forwards. Too slow: more than {FORWARDS} forwards and than "
+        f"{SECONDS:.0f} s; too large: more than {MEMORY_FORWARDS} times the memory of a forward and than "
+        f"{MEGABYTES:.0f} MB. Crashes: "
         "discovery raised an exception where a forward had run; they blame the user if they say that the forward does "
         "not run.",
         "",
@@ -440,7 +442,8 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
     reasons: dict[str, list[str]] = {}
     for r in records:
         if r["stage"] in ("build", "forward"):
-            reason = (r.get("ended") or r.get("error") or "nothing said").splitlines()[0][:140]
+            reason = (r.get("ended") or r.get("error") or "nothing said").splitlines()[0]
+            reason = reason.removeprefix("ValueError: ")[:140]
             reasons.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{r['library']}/{r['name']}")
     if reasons:
         several = sorted(reasons.items(), key=lambda item: -len(item[1]))
