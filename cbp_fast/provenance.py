@@ -615,9 +615,11 @@ class Trace(Preserving):
             return [nodes.with_one(reduced) if op in _NOT_ZERO else reduced] * len(outs)
         if op in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum") and x is not None:
             call.take(name)
-            axis = call["dim"]
-            merged = nodes.merge(x.movedim(axis, -1), self._why).unsqueeze(axis).expand(x.shape)
-            joined = cast(Tensor, nodes.join(x, merged))
+            joined = x
+            if x.dim():
+                axis = call["dim"]
+                merged = nodes.merge(x.movedim(axis, -1), self._why).unsqueeze(axis).expand(x.shape)
+                joined = cast(Tensor, nodes.join(x, merged))
             return [joined if op == "cumsum" else nodes.with_one(joined)]
         if op in _TO_PYTHON and first.dtype == torch.bool:
             # a condition; a number would come back unseen

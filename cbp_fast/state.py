@@ -360,6 +360,10 @@ class State:
             tensor = ref.get()
             assert tensor is not None
             value = float(whole(tensor.detach()).double().std(correction=0))
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"init='as_attached' draws with the deviation of {ref.name}, which has entries that are not finite"
+                )
         elif isinstance(module, nn.Embedding):
             # as PyTorch draws it
             distribution, value = "normal", 1.0

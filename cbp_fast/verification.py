@@ -289,8 +289,27 @@ class _Check:
         """All runs, from one random state."""
         seen = _Seen([[] for _ in self.group.outgoing])
         vary = None if way is None else functools.partial(self._other, way, seed)
-        handles = []
         watch = _Watch(self.model, vary)
+        for run in self.runs:
+            before = _seed(seed)
+            # inside a context of the user it would keep weights that have changed
+            torch.clear_autocast_cache()
+            # first, so that what the hooks write is none of the model's
+            with untouched(self.model, *held_by(run)), self._hooked(watch, units, seen), watch, _Uncoupled():
+                try:
+                    with torch.enable_grad():
+                        output = run(self.model)
+                    seen.outputs += self._outputs(output, watch)
+                    self.drawn |= _random_states() != before
+                finally:
+                    watch.restore()
+        seen.eps, seen.inputs, seen.varied = watch.eps, watch.inputs, watch.varied
+        return seen
+
+    @contextlib.contextmanager
+    def _hooked(self, watch: _Watch, units: Tensor, seen: _Seen) -> Iterator[None]:
+        """Hooks that tell `watch` where the run is, and keep what the columns read."""
+        handles = []
         for module in self.model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(watch.enter, prepend=True, with_kwargs=True))
@@ -299,23 +318,10 @@ class _Check:
             observe = functools.partial(_observe, member, units, features)
             handles.append(member.module.register_forward_pre_hook(observe, with_kwargs=True))
         try:
-            for run in self.runs:
-                before = _seed(seed)
-                # inside a context of the user it would keep weights that have changed
-                torch.clear_autocast_cache()
-                with untouched(self.model, *held_by(run)), watch, _Uncoupled():
-                    try:
-                        with torch.enable_grad():
-                            output = run(self.model)
-                        seen.outputs += self._outputs(output, watch)
-                        self.drawn |= _random_states() != before
-                    finally:
-                        watch.restore()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        seen.eps, seen.inputs, seen.varied = watch.eps, watch.inputs, watch.varied
-        return seen
 
     def _outputs(self, output: Any, watch: _Watch) -> list[Tensor]:
         """What a run returned, and what it left in attributes of the model."""

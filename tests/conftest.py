@@ -29,7 +29,13 @@ if hypothesis is not None:
 
 def pytest_addoption(parser):
     parser.addoption("--isa", choices=_C.isa_levels(), default=_C.get_isa(), help="instruction set of all tests")
-    parser.addoption("--cases", type=int, default=2000, help="cases of the slow property test over backends")
+    parser.addoption("--networks", type=int, default=1000, help="random networks of the slow test of discovery")
+    parser.addoption(
+        "--cases",
+        type=int,
+        default=2000,
+        help="cases of the slow property test of backends, of which Triton has a fifth",
+    )
 
 
 def pytest_configure(config):

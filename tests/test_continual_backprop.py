@@ -1159,6 +1159,14 @@ def test_to_where_it_is_changes_nothing(attached, everything):
     assert everything(cbp) == before
 
 
+def test_a_deviation_that_is_not_finite_is_refused():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"as_attached.*0\.weight, which has entries that are not finite"):
+        ContinualBackprop(model, rule=Rule.nature(init="as_attached"))
+
+
 def test_a_weight_set_anew_is_followed(backend):
     model = mlp()
     cbp = ContinualBackprop(model, replacement_rate=1, maturity_threshold=0, backend=backend)

@@ -781,7 +781,7 @@ CHANGES = {
     "gone": (lambda model, optimizer: setattr(model[0], "bias", None), "0.bias is no longer there"),
     "state": (
         lambda model, optimizer: optimizer.state[model[2].weight].update(exp_avg=torch.zeros(6, 5).to_sparse()),
-        "keeps state of 2.weight as a torch.sparse_coo",
+        "keeps exp_avg of '2.weight' as a torch.sparse_coo",
     ),
 }
 

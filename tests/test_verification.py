@@ -351,8 +351,8 @@ def test_groups_of_which_nothing_was_shown_are_kept_and_said():
 
 @pytest.mark.parametrize("leak", [0.0, 1.0])
 def test_a_model_that_is_never_the_same_twice_is_no_verdict(leak):
-    own = np.random.default_rng()
-    model = net(lambda m, x, h: m.b(F.relu(h)) + leak * h[:, 3:4] + float(own.normal()))
+    # a generator that the model kept would be put back
+    model = net(lambda m, x, h: m.b(F.relu(h)) + leak * h[:, 3:4] + float(np.random.default_rng().normal()))
     with pytest.raises(ValueError, match=f"another result each time.*{NOTHING}"):
         verify_unit_group(model, GROUP, ROWS)
 
@@ -390,19 +390,23 @@ def test_weights_of_the_check_do_not_stay_in_a_context_of_autocast():
         assert torch.equal(model(ROWS), before)
 
 
+# a global, because what a model's function holds is put back
+RUNS = []
+
+
 @pytest.mark.parametrize("name", ["in the first forward", "later"])
 def test_an_interrupt_leaves_the_model_as_it_was(name):
     def forward(m, x, h):
         m.calls.append(1)
-        if len(runs) >= (1 if name == "in the first forward" else 7):
+        if len(RUNS) >= (1 if name == "in the first forward" else 7):
             raise KeyboardInterrupt
-        runs.append(1)
+        RUNS.append(1)
         return m.b(m.batch(F.relu(h)))
 
-    runs = []
+    RUNS.clear()
     model = net(forward, batch=nn.BatchNorm1d(6))
     model.calls = []
-    runs.extend([1] * (name == "in the first forward"))
+    RUNS.extend([1] * (name == "in the first forward"))
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt):
         verify_unit_group(model, UnitGroup("g", "a", "b", "batch"), ROWS)
@@ -412,16 +416,15 @@ def test_an_interrupt_leaves_the_model_as_it_was(name):
 
 
 def test_forwards_are_counted():
-    runs = []
-
     def forward(m, x, h):
-        runs.append(1)
+        RUNS.append(1)
         return m.b(F.relu(h))
 
+    RUNS.clear()
     counts = []
     for units in (6, 63, 1000):
         verify_unit_group(net(forward, units), GROUP, ROWS)
-        counts.append(len(runs))
-        runs.clear()
+        counts.append(len(RUNS))
+        RUNS.clear()
     # five for each binary digit of the number of units, and one
     assert counts == [21, 31, 51]

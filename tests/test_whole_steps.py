@@ -160,7 +160,7 @@ def check_every_place(case, steps, events, stride):
                 t.copy_(old)
         for engine, (held, storages) in zip(run.engines, forwards, strict=True):
             engine._forwards, engine._storages, engine._captured = held, storages, arguments[2] == "inline"
-            points += stride
+        points += stride
     assert points > stride
     assert taken_back > 0
     return points
@@ -168,7 +168,7 @@ def check_every_place(case, steps, events, stride):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_that_is_stopped_at_any_line_is_whole_or_nothing(case):
-    check_every_place(case, 3, ("line", "return"), 7 if case[1] == "triton" else 1)
+    check_every_place(case, 3, ("line", "return"), {"cpp": 1, "reference": 7, "triton": 301}[case[1]])
 
 
 def test_the_first_step_that_is_stopped_at_any_line_is_whole_or_nothing():
@@ -178,7 +178,9 @@ def test_the_first_step_that_is_stopped_at_any_line_is_whole_or_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_that_is_stopped_anywhere_is_whole_or_nothing(case):
-    check_every_place(case, 3, ("opcode", "line", "return", "call"), 13 if case[1] == "triton" else 1)
+    check_every_place(
+        case, 3, ("opcode", "line", "return", "call"), {"cpp": 3, "reference": 29, "triton": 997}[case[1]]
+    )
 
 
 @pytest.mark.parametrize("rule", ["nature", "centred"])
@@ -197,7 +199,7 @@ def test_a_forward_that_is_stopped_anywhere_leaves_what_can_be_stepped(backend, 
         for each in (run, twin):
             each.train(range(5, 7))
         assert same(run.everything(), twin.everything()), f"after place {points}"
-        points += 1 if backend == "cpp" else 5
+        points += 2 if backend == "cpp" else 17
     assert points > 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -171,6 +172,8 @@ def timers_of(case: Case, rule: str, device: str, compiled: bool) -> dict[str, T
     if case.make is mlp:
         makers["clarena"] = partial(_per_layer, make=baselines.PerLayerClarena)
     machinery = len(network.groups) * hook_seconds()
+    # each sees the optimizers of the others train its parameters
+    warnings.filterwarnings("ignore", "an optimizer .* that was not given to continual backprop")
     timers = {}
     for name, make in makers.items():
         shared = {id(t): t for t in (*network.model.parameters(), *network.model.buffers())}
