@@ -11,12 +11,12 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench bench-kernels results instructions test test-all test-triton test-integrations gpu gpu-cache \
-	sanitize lint format wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench bench-kernels results instructions test test-all test-triton test-integrations zoo gpu \
+	gpu-cache sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
 	@echo "make demo | bench | bench-kernels | results | instructions"
-	@echo "     test | test-all | test-triton VERSION=3.6.0 | test-integrations | gpu | gpu-cache | sanitize | lint | format"
+	@echo "     test | test-all | test-triton VERSION=3.6.0 | test-integrations | zoo | gpu | gpu-cache | sanitize | lint | format"
 	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
@@ -65,6 +65,12 @@ test-integrations: .venv/built .venv-integrations/tools
 	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
 	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
 	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
+
+# Discovery on models of other libraries, in some hours; it goes on where it was stopped (rm build/zoo.jsonl
+# to begin anew). make zoo ARGS="--library timm", ARGS="--total 1800" for an even sample in half an hour
+ZOO := .venv-zoo/bin
+zoo: .venv/built .venv-zoo/tools
+	PYTHONPATH="$(CURDIR)" $(ZOO)/python benchmarks/zoo.py --report benchmarks/results/zoo.md $(ARGS)
 
 # Another Triton over the packages of .venv, whose own is the newest: 3.6.0 is that of PyTorch 2.10 and 2.11, 3.7.1 that
 # of 2.12 and 2.13, 3.8.0 that of 2.14
@@ -154,6 +160,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv-integrations
 	$(INTEGRATIONS)/pip install --quiet "pip>=25.1"
 	$(INTEGRATIONS)/pip install --quiet --group integrations
+	@touch $@
+
+.venv-zoo/tools: pyproject.toml
+	$(PYTHON) -m venv .venv-zoo
+	$(ZOO)/pip install --quiet "pip>=25.1"
+	$(ZOO)/pip install --quiet --group zoo
 	@touch $@
 
 .venv-triton-%/tools: | .venv/tools
