@@ -381,8 +381,8 @@ def table(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: dict[str, str], remark: str) -> str:
     columns = (
-        "library tried of built|with groups|groups|units|layers left out|right|wrong|not shown|not checked|changed|crashes|"
-        "blame the user|seconds median, worst|forwards median, worst|too slow|too large"
+        "library tried of built|with groups|groups|units|layers left out|right|wrong|not shown|not checked|changed|"
+        "crashes|blame the user|seconds median, worst|forwards median, worst|too slow|too large"
     )
     rows: list[list[Any]] = [[*columns.split("|")[0].split(), *columns.split("|")[1:]]]
     libraries = [*dict.fromkeys(r["library"] for r in records)]
@@ -417,8 +417,8 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
     names = ", ".join(f"{name} {number}" for name, number in versions.items())
     out = ["# Other people's models", "", f"`make zoo`, one thread: {names}. {remark}".strip(), "", *table(rows), ""]
     out += [
-        "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge; not checked: for lack "
-        "of time. Changed: something that can be reached from the model is otherwise after `find_unit_groups`. Seconds "
+        "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge; not checked: for "
+        "lack of time. Changed: something that can be reached from the model is otherwise after `find_unit_groups`. Seconds "
         f"and forwards: CPU time of discovery, in seconds and in forwards. Too slow: more than {FORWARDS} forwards and "
         f"than {SECONDS:.0f} s; too large: more than {MEMORY_FORWARDS} times the memory of a forward and than "
         f"{MEGABYTES:.0f} MB. Crashes: "
