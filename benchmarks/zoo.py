@@ -420,7 +420,8 @@ def report(records: Sequence[dict[str, Any]], counts: dict[str, int], versions: 
         "Right, wrong: groups, by `verify_unit_group`; not shown: groups that it could not judge; not checked: for "
         "lack of time. Changed: something that can be reached from the model is otherwise after `find_unit_groups`. "
         "Seconds and forwards: CPU time of discovery, in seconds and in forwards. Too slow: more than "
-        f"{FORWARDS} forwards and than {SECONDS:.0f} s; too large: more than {MEMORY_FORWARDS} times the memory of a forward and than "
+        f"{FORWARDS} forwards and than {SECONDS:.0f} s; too large: more than "
+        f"{MEMORY_FORWARDS} times the memory of a forward and than "
         f"{MEGABYTES:.0f} MB. Crashes: "
         "discovery raised an exception where a forward had run; they blame the user if they say that the forward does "
         "not run.",
