@@ -407,9 +407,9 @@ def test_whatever_a_state_holds_it_loads_or_changes_nothing(rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_many_states_hold_they_load_or_change_nothing(rule, seed):
-    check_mutations(4000, rule, seed)
+    check_mutations(2000, rule, seed)
 
 
 class Unguessed(nn.Module):
