@@ -224,6 +224,8 @@ class Trace(Preserving):
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
         self._shadows: dict[int, _Shadow] = {}
+        # storages that were resized, to be written to, and that no operation seen has written to since
+        self._resized: set[int] = set()
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
@@ -273,6 +275,7 @@ class Trace(Preserving):
             self.refuse(ids, _LIVING)
         self.forget()
         self._shadows.clear()
+        self._resized.clear()
         self._kept.clear()
         self._parameters = dict(self._own)
 
@@ -352,7 +355,7 @@ class Trace(Preserving):
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None and (key not in self.made or key in self._parameters):
             return self._outer(key, tensor)
-        if shadow is None and tensor.grad_fn is None:
+        if shadow is None and tensor.grad_fn is None and key not in self._resized:
             return None
         if shadow is None:
             # made by a kernel that is called past the dispatcher
@@ -412,6 +415,7 @@ class Trace(Preserving):
             name = f"'{entry[0]}'" if entry else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
+        self._resized.discard(key)
         shadow, storage = self._shadows.get(key), tensor.untyped_storage()
         if not tensor.numel() or (shadow is None and ids is None):
             return
@@ -476,6 +480,8 @@ class Trace(Preserving):
 
     def _follow(self, call: _Call, out: Any) -> None:
         op, outs = call.op, [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if op == "resize":
+            self._resized.add(storage_key(call.args[0]))
         keys = {storage_key(t) for _, t in call.tensors}
         views = bool(outs) and all(storage_key(t) in keys for t in outs)
         if call.plain and ((views and not call.mutable) or torch.Tag.inplace_view in call.tags) and op != "lift_fresh":
