@@ -11,12 +11,12 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench bench-kernels results instructions test test-all test-triton test-integrations zoo gpu \
+.PHONY: help demo bench bench-kernels results instructions test test-all test-exhaustive test-triton test-integrations zoo gpu \
 	gpu-cache sanitize lint format wheel check-wheel old-cpu clean FORCE
 
 help:
 	@echo "make demo | bench | bench-kernels | results | instructions"
-	@echo "     test | test-all | test-triton VERSION=3.6.0 | test-integrations | zoo | gpu | gpu-cache | sanitize | lint | format"
+	@echo "     test | test-all | test-exhaustive | test-triton VERSION=3.6.0 | test-integrations | zoo | gpu | gpu-cache | sanitize | lint | format"
 	@echo "     wheel | check-wheel | old-cpu | clean"
 
 demo: .venv/built
@@ -47,7 +47,11 @@ instructions: .venv/built
 	TRITON_INTERPRET=1 $(BIN)/python benchmarks/host_step.py $(ARGS)
 
 test: .venv/built
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not exhaustive" $(ARGS)
+
+# every operation, many random networks, a step stopped at every bytecode: ARGS="--networks 10000"
+test-exhaustive: .venv/built
+	$(PYTEST) -m exhaustive $(ARGS)
 
 # what test leaves out
 test-all: .venv/built
@@ -63,7 +67,7 @@ test-integrations: .venv/built .venv-integrations/tools
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
-	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu" $(SMOKE:%=tests/%)
+	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 -m "not slow and not gpu and not exhaustive" $(SMOKE:%=tests/%)
 	$(INTEGRATIONS)/pytest --numprocesses auto --maxprocesses 4 tests/integrations $(ARGS)
 
 # Discovery on models of other libraries, in some hours; it goes on where it was stopped (rm build/zoo.jsonl
@@ -77,7 +81,7 @@ zoo: .venv/built .venv-zoo/tools
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 TEST_TRITON = PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4
 test-triton: .venv/built .venv-triton-$(VERSION)/tools
-	$(TEST_TRITON) -m "not slow and not gpu" tests/test_triton.py $(ARGS)
+	$(TEST_TRITON) -m "not slow and not gpu and not exhaustive" tests/test_triton.py $(ARGS)
 	$(TEST_TRITON) -k "every_specialisation or on_the_machine and 0" tests/test_triton_compile.py $(ARGS)
 
 # On a machine with a GPU: its own Python, PyTorch and Triton as they are, nothing installed, nothing fetched, at most

@@ -249,7 +249,7 @@ def test_units_in_any_argument_of_some_operations():
     assert count > 40
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_units_in_any_argument_of_all_operations(part):
     count, unfed, wrong = _chunk(part, _PARTS)

@@ -718,7 +718,7 @@ def test_groups_of_random_networks_are_right(first):
 
 
 # in parts, so that they run beside each other
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(20))
 def test_groups_of_many_random_networks_are_right(part, request):
     count = request.config.getoption("--networks") // 20

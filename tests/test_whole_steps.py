@@ -175,7 +175,7 @@ def test_the_first_step_that_is_stopped_at_any_line_is_whole_or_nothing():
     check_every_place(CASES["cpp"], 0, ("line", "return"), 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_that_is_stopped_anywhere_is_whole_or_nothing(case):
     check_every_place(
