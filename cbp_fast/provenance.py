@@ -161,12 +161,8 @@ class _Call:
             self.given.update((k, v) for k, v in kwargs.items() if k not in self.outs)
         else:
             self.op = self.name = str(func)
-            self.given, self.outs, self.mutable, self.tags = (
-                {"arguments": (args, kwargs)},
-                frozenset(),
-                False,
-                frozenset(),
-            )
+            self.given, self.mutable = {"arguments": (args, kwargs)}, False
+            self.outs = self.tags = frozenset[Any]()
         self.tensors: list[tuple[str, Tensor]] = []
         for key, value in self.given.items():
             if isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .dtensors import is_dtensor
-from .running import Forward, Preserving, forwards, held_by, restored, storage_key, untouched, unwrapped
+from .running import Forward, Preserving, forwards, held_by, reseed, restored, storage_key, untouched, unwrapped
 from .snapshot import tensors_in
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
@@ -515,11 +515,7 @@ def _scaled(given: dict[str, Any], channels: bool) -> Tensor:
 
 def _seed(seed: int) -> Any:
     """Sets all global random states, and returns them."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy:
-        numpy.random.seed(seed)
+    reseed(seed)
     return _random_states()
 
 
