@@ -96,16 +96,17 @@ class _Sum(NamedTuple):
     reduced: list[Axis]
     group: int
     fold: int = 1  # neighbouring outputs that make up a column
-    of_rows: bool = False  # of what makes the units, and not of columns of what reads them
+    per_unit: int = 1  # columns of a unit, and whether they lie position by position; rows have been put together
+    by_position: bool = False
     column: int = 0
     samples: int = 0
     slot: int = -1
 
-    def units(self, first: int, end: int, per_unit: int, by_position: bool, num_units: int) -> tuple[int, int]:
+    def units(self, first: int, end: int, num_units: int) -> tuple[int, int]:
         """First unit of a run of outputs, and the one after its last; past the last unit it goes on with the first."""
         low, high = first // self.fold, -(-end // self.fold)
-        if not by_position:
-            return low // per_unit, -(-high // per_unit)
+        if not self.by_position:
+            return low // self.per_unit, -(-high // self.per_unit)
         return low % num_units, low % num_units + min(high - low, num_units)
 
 
@@ -220,11 +221,8 @@ class _Plan:
             place += s.outputs * 8
             counter += blocks if splits > 1 else 0
             (width, group_blocks), layout = blocks_of[s.group], state.layouts[s.group]
-            block = state.slots[layout.slots[0]].block
-            per_unit = 1 if s.of_rows else block.per_unit
-            by_position = per_unit > 1 and block.unit_stride == 1
             for i in range(blocks):
-                unit, end = s.units(i * size, min((i + 1) * size, s.outputs), per_unit, by_position, layout.num_units)
+                unit, end = s.units(i * size, min((i + 1) * size, s.outputs), layout.num_units)
                 first, last = unit // width, (end - 1) // width
                 if end > layout.num_units:
                     # from the last block on to the first ones
@@ -303,6 +301,7 @@ def _activation_sums(state: State, held: Sequence[Tensor], slots: Sequence[int])
             column=slot.columns.start,
             samples=samples,
             slot=s,
+            **_arranged(slot),
         )
         sums += _peeled(one) if samples else []
     return sums
@@ -324,7 +323,13 @@ def _input_sum(weight: Tensor, number: int, slot: Slot, groups: int, out: int) -
     if groups == 1 or start + columns <= inputs.size:
         first, period, far, offset = 0, columns * fold, 0, offset + start * inputs.stride
     reduced = _merged(reduced)
-    return _Sum(number, offset, weight.dtype, columns * fold, first, period, far, near, reduced, slot.group, fold)
+    arranged, count = _arranged(slot), columns * fold
+    return _Sum(number, offset, weight.dtype, count, first, period, far, near, reduced, slot.group, fold, **arranged)
+
+
+def _arranged(slot: Slot) -> dict[str, Any]:
+    """How the columns of a reader belong to the units: readers of one group may differ in it."""
+    return {"per_unit": slot.block.per_unit, "by_position": slot.block.per_unit > 1 and slot.block.unit_stride == 1}
 
 
 def _output_sum(weight: Tensor, number: int, group: int, units: int, block: Sequence[int], out: int) -> _Sum:
@@ -337,9 +342,7 @@ def _output_sum(weight: Tensor, number: int, group: int, units: int, block: Sequ
     if per_unit == 1 or unit_stride == per_unit * position_stride:
         period, far, near = outputs, 0, far if per_unit == 1 else near
     reduced = _merged(axes)
-    return _Sum(
-        number, start * stride, weight.dtype, outputs, 0, period, far, near, reduced, group, per_unit, of_rows=True
-    )
+    return _Sum(number, start * stride, weight.dtype, outputs, 0, period, far, near, reduced, group, per_unit)
 
 
 class _Sender:
