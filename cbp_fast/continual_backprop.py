@@ -726,7 +726,7 @@ class ContinualBackprop(Rates, Joinable):
 
     @property
     def last_replaced(self) -> dict[str, Tensor]:
-        """Units of each group replaced in the last step that was one, least utility first: int64 [k]."""
+        """Units of each group that the last `step()` replaced, least utility first: int64 [k]."""
         state = self._engine.state
         return {
             layout.name: state.chosen[layout.units][:n].long()

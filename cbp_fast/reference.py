@@ -268,6 +268,7 @@ def choose_(state: State, weights: Sequence[Tensor]) -> int:
     for mine, total in zip((state.count, state.activation, state.feature), totals(state), strict=True):
         mine.copy_(total)
     if state.buffer.is_cpu and not state.count.any():
+        state.num_chosen.zero_()
         return 0
     _sum_weights(state, weights)
     choose_groups_(state)

@@ -803,6 +803,7 @@ class _Step(_Plan):
 def select_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> int:
     """See `reference.select_`."""
     if state.buffer.is_cpu and not held and not state.count.any():
+        state.num_chosen.zero_()
         return 0
     tables, k = _tables_of(state), triton_kernels
     with tables.on_device():

@@ -454,6 +454,11 @@ void sum_weights(const Plan& plan, std::vector<WeightView>& views, const std::ve
   });
 }
 
+int64_t choose_none(const Plan& plan, const Fields& f) {
+  std::fill(f.num_chosen, f.num_chosen + plan.header->groups, 0);
+  return 0;
+}
+
 // from sums to the choice; returns how many units were chosen
 int64_t choose_reached(const Plan& plan, const Fields& f, const double* flat, const Reached& reached) {
   const Header& h = *plan.header;
@@ -573,7 +578,7 @@ int64_t select_(const Array& buffer, const Array& table, const Arrays& weights, 
   Inputs inputs(plan, weights, held, held_slots);
   inputs.capture_all(plan, f);
   const Reached reached(plan, f);
-  if (!reached.any) return 0;
+  if (!reached.any) return choose_none(plan, f);
   Scratch scratch(inputs.scratch() + plan.header->flat);
   double* flat = scratch.take<double>(plan.header->flat);
   sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
@@ -615,7 +620,7 @@ int64_t choose_(const Array& buffer, const Array& table, const Array& sums, cons
   for_each_total(h, f, 0, h.columns, flat,
                  [](double* mine, const double* total, int64_t n) { std::copy(total, total + n, mine); });
   const Reached reached(plan, f);
-  if (!reached.any) return 0;
+  if (!reached.any) return choose_none(plan, f);
   Scratch scratch(inputs.scratch());
   if (!weights.empty()) sum_weights(plan, inputs.weights, reached.weights, flat, scratch);
   return choose_reached(plan, f, flat, reached);

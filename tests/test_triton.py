@@ -871,6 +871,31 @@ def test_one_block_of_outputs_reaches_many_blocks_of_units(rule):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("orders", list(itertools.permutations(["unit by unit", "position by position"])), ids=str)
+def test_readers_of_a_group_lie_in_orders_of_their_own(orders, monkeypatch):
+    """A block of units waits for what each of its readers has of it, in whatever order the programs run."""
+    units, positions = 40, 20
+    strides = {"unit by unit": (positions, 1), "position by position": (1, units)}
+
+    def run(backend):
+        torch.manual_seed(0)
+        producer, *readers = nn.Conv2d(3, units, 1), nn.Linear(units * positions, 3), nn.Linear(units * positions, 3)
+        for layer in (producer, *readers):
+            layer.weight.data.copy_(torch.randint(-3, 4, layer.weight.shape))
+        read = [Part(layer, 0, positions, *strides[order]) for layer, order in zip(readers, orders, strict=True)]
+        cbp = engine_of([([producer], read)], backend=backend, replacement_rate=0.1)
+        for slot in range(2):
+            cbp._engine.record(slot, torch.randint(-2, 3, (4, units * positions)).float())
+        cbp.step()
+        return [cbp.utility["g0"], cbp.last_replaced["g0"], producer.weight, *(layer.weight for layer in readers)]
+
+    expected = run("reference")
+    for seed in range(2):
+        monkeypatch.setattr(triton_kernels, "launch", Interleaved(random.Random(seed), 0.0).launch)
+        for a, b in zip(run("triton"), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_forward_that_sums_what_another_stream_held_keeps_it(monkeypatch):
     cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
     cbp._engine.record(0, torch.ones(3, 4))

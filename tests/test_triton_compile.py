@@ -242,7 +242,7 @@ NEEDED = [pair for pair in itertools.product(MUTANTS, COUNTERS) if pair != ("no 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mutant", "counter"), NEEDED)
 def test_the_machine_finds_what_is_missing(mutant, counter, monkeypatch):
-    """Without the order that a counter makes, some run of a few goes wrong."""
+    """Without the order that a counter makes, some run goes wrong: one in eight of those for the rarest."""
     case = CASES[{"parts": "one group", "other blocks of units": "flattened"}.get(counter, "several chosen")]
 
     def change(ptx):
@@ -253,7 +253,7 @@ def test_the_machine_finds_what_is_missing(mutant, counter, monkeypatch):
         return "\n".join(lines)
 
     expected = step("reference", *case)
-    for seed in range(12):
+    for seed in range(60):
         monkeypatch.setattr(triton_kernels, "launch", OnMachine(reached, seed, change).launch)
         try:
             result = step("triton", *case)
