@@ -101,7 +101,7 @@ def examine(library: str, name: str, note: Any, seconds_to_verify: float) -> Non
         stage="verification",
     )
     verdicts, start = {}, time.thread_time()
-    for group in groups:
+    for group in evenly(groups):
         if time.thread_time() - start > seconds_to_verify:
             break
         try:
@@ -230,14 +230,17 @@ def differences(before: dict[str, tuple[str, Any]], after: dict[str, tuple[str, 
 # all of them
 
 
+def evenly(things: Sequence[Any]) -> list[Any]:
+    """In such an order that every beginning is an even sample: multiples of the golden ratio fall evenly."""
+    return [things[i] for i in sorted(range(len(things)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)]
+
+
 def spread(libraries: Sequence[str]) -> list[tuple[str, str]]:
     """All models, so ordered that every beginning is an even sample of each library, a smaller share of large ones."""
     ranked = []
     for library in libraries:
-        every = zoo_models.names(library)
-        # multiples of the golden ratio fall evenly
-        order = sorted(range(len(every)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)
-        ranked += [(rank / len(every) ** 0.5, library, every[i]) for rank, i in enumerate(order)]
+        every = evenly(zoo_models.names(library))
+        ranked += [(rank / len(every) ** 0.5, library, name) for rank, name in enumerate(every)]
     return [(library, name) for _, library, name in sorted(ranked)]
 
 
@@ -469,7 +472,7 @@ def main() -> None:
     parser.add_argument("--explain", action="store_true", help="with --only: print what explain() says too")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--limit", type=float, default=60, help="seconds of CPU time for a model")
-    parser.add_argument("--verify-seconds", type=float, default=20, help="after which no more groups are verified")
+    parser.add_argument("--verify-seconds", type=float, default=3, help="after which no more groups are verified")
     parser.add_argument(
         "--total",
         type=float,

@@ -58,8 +58,8 @@ class NeedsInputs(ValueError):
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
 _IRREGULAR = " in no regular order"
-# forwards to take for one that chooses its path at random, and how many in a row may show nothing new
-_REPEATS = 8
+# repetitions of a forward that chooses its path at random, and how many in a row may show nothing new
+_REPEATS = 7
 _ENOUGH = 4
 # batches of more samples are looked at by two and three of them
 _FEW = 8
@@ -336,8 +336,16 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
         for run in runs:
             paths = set[int]()
             seed = again = 0
-            everything = False
+            everything = repeated = by_path = False
             while seed < _REPEATS and again < _ENOUGH:
+                if repeated:
+                    snapshot.reseed(seed)
+                    reseed(seed)
+                    seed += 1
+                # what random numbers change by its path alone is followed again on another path
+                if by_path and _takes(model, run, paths):
+                    again += 1
+                    continue
                 before = random.getstate(), numpy_state()
                 with _disable_current_modes():
                     trace.begin(known, everything)
@@ -357,19 +365,24 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                 if drawn:
                     trace.branches["random numbers of Python"] = None
                 repeated = drawn or trace.drawn
+                by_path = not by_path and repeated and not drawn and not trace.hidden
                 trace.random |= repeated
                 with _disable_current_modes():
                     trace.end()
                 if trace.unsure and not everything:
                     # look again, knowing what there is
-                    everything, again = True, 0
-                    continue
-                if not repeated:
+                    everything, repeated, by_path, again = True, False, False, 0
+                elif not repeated:
                     break
-                snapshot.reseed(seed)
-                reseed(seed)
-                seed += 1
     return trace
+
+
+def _takes(model: nn.Module, run: Forward, paths: set[int]) -> bool:
+    """Whether a forward that is not followed takes one of some paths, given by their hashes."""
+    try:
+        return hash(tuple(_path(model, run))) in paths
+    except Exception:  # the user's code may raise anything; if it does so again, it is told
+        return False
 
 
 def _look(model: nn.Module, run: Forward, trace: Trace, snapshot: Snapshot, ignored: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ the unit's alone, is told from this.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -18,6 +19,8 @@ DATA, ONE, RANDOM = 1, 2, 3
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 # leaves up to which a set of them is kept by itself, so that equal sets are one node
 _FEW = 48
+# pairs, or ids in rows, up to which Python is quicker than some dozen operations on tensors
+QUICK = 64
 
 
 def scramble(ids: Tensor) -> Tensor:
@@ -25,6 +28,19 @@ def scramble(ids: Tensor) -> Tensor:
     ids = ids * -7046029254386353131
     ids = (ids ^ (ids >> 29)) * -4658895280553007687
     return ids ^ (ids >> 32)
+
+
+def _signed(number: int) -> int:
+    """As an int64 wraps."""
+    return ((number + 2**63) & (2**64 - 1)) - 2**63
+
+
+@functools.cache
+def _scrambled(number: int) -> int:
+    """`scramble` of one."""
+    number = _signed(number * -7046029254386353131)
+    number = _signed((number ^ (number >> 29)) * -4658895280553007687)
+    return number ^ (number >> 32)
 
 
 def narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
@@ -95,6 +111,9 @@ class Nodes:
         self._joins: dict[int, int] = {}
         self._sets: dict[int, int] = {}
         self._mix_of: dict[int, int] = {}
+        # for Python, of nodes that it was asked for: leaves of a small set, or None; whether a leaf is bare; its source
+        self._small: dict[int, tuple[int, ...] | None] = {}
+        self._about: dict[int, tuple[bool, int]] = {}
         self._add(1)
         for _ in range(RANDOM):
             self._leaf(Source("", None, self.size, 1))
@@ -189,6 +208,8 @@ class Nodes:
 
     def _joined(self, pairs: Tensor) -> Tensor:
         keys = pairs.tolist()
+        if len(keys) <= QUICK:
+            self._join_few([key for key in keys if key not in self._joins])
         ids = torch.tensor([self._joins.get(key, 0) for key in keys], device="cpu")
         fresh = ids == 0
         if fresh.any():
@@ -211,6 +232,45 @@ class Nodes:
             ids[fresh] = made
             self._joins.update(zip(keys, ids.tolist(), strict=True))
         return ids
+
+    def _join_few(self, pairs: Sequence[int]) -> None:
+        """What `_joined` does with small sets, one by one."""
+        new: list[tuple[tuple[int, ...], int]] = []
+        for pair in pairs:
+            left, right = (self._leaves_of(node) for node in divmod(pair, BASE))
+            if left is not None and right is not None and len(left) + len(right) <= _FEW:
+                self._joins[pair] = self._set_of(tuple(sorted({*left, *right})), new)
+        if new:
+            nodes = self._add(len(new))
+            sizes = torch.tensor([len(leaves) for leaves, _ in new], device="cpu")
+            self._keep(nodes, sizes, torch.tensor([leaf for leaves, _ in new for leaf in leaves], device="cpu"))
+            self.bare[nodes] = torch.tensor([bare for _, bare in new], device="cpu")
+
+    def _leaves_of(self, node: int) -> tuple[int, ...] | None:
+        """The leaves of a small set, sorted."""
+        if node not in self._small:
+            first, end = self._table[5, node : node + 2].tolist()
+            self._small[node] = tuple(self._leaves[first:end].tolist()) if end > first else None
+        return self._small[node]
+
+    def _about_leaf(self, leaf: int) -> tuple[bool, int]:
+        """Whether a leaf is a unit or a mix, and the source of a unit, or 0."""
+        if leaf not in self._about:
+            bare, origin = self._table[2:4, leaf].tolist()
+            self._about[leaf] = bare == leaf, origin if bare == leaf and origin > 0 else 0
+        return self._about[leaf]
+
+    def _set_of(self, leaves: tuple[int, ...], new: list[tuple[tuple[int, ...], int]]) -> int:
+        """The node of a small set, given by its sorted leaves, and 0 of an empty one; `new` ones with what is bare."""
+        key = _signed(sum(map(_scrambled, leaves)))
+        if not leaves or key in self._sets:
+            return self._sets[key] if leaves else 0
+        bare = tuple(leaf for leaf in leaves if self._about_leaf(leaf)[0])
+        below = self._set_of(bare, new) if len(bare) < len(leaves) else -1
+        node = self.size + len(new)
+        new.append((leaves, node if below < 0 else below))
+        self._sets[key], self._small[node] = node, leaves
+        return node
 
     def _sizes(self, nodes: Tensor) -> Tensor:
         return self._table[5, nodes + 1] - self._table[5, nodes]
@@ -297,6 +357,37 @@ class Nodes:
     def _union(self, rows: Tensor, why: str) -> Tensor:
         """One id for each row of distinct ids, filled up by zeros."""
         n, k = rows.shape
+        if n * k <= QUICK:
+            mixed = torch.tensor([self._meet(row) for row in rows.tolist()], device="cpu")
+        else:
+            mixed = self._which_meet(rows)
+        out = rows[:, 0].clone()
+        apart = ~mixed
+        if apart.any():
+            out[apart] = self.union(rows[apart].unbind(-1))
+        if mixed.any():
+            out[mixed] = self._mixed(rows[mixed], why)
+        return out
+
+    def _meet(self, ids: Sequence[int]) -> bool:
+        """Whether some of these ids have more units of a source together than one of them alone."""
+        together: dict[int, set[int]] = {}
+        most: dict[int, int] = {}
+        for node in ids:
+            small = self._leaves_of(node) if node else ()
+            leaves = self.leaves(torch.tensor([node], device="cpu"))[1].tolist() if small is None else small
+            own: dict[int, set[int]] = {}
+            for leaf in leaves:
+                own.setdefault(self._about_leaf(leaf)[1], set()).add(leaf)
+            for source, units in own.items():
+                if source:
+                    together.setdefault(source, set()).update(units)
+                    most[source] = max(most.get(source, 0), len(units))
+        return any(len(units) > most[source] for source, units in together.items())
+
+    def _which_meet(self, rows: Tensor) -> Tensor:
+        """Of which rows of distinct ids, filled up by zeros, that is true: bool [n]."""
+        n, k = rows.shape
         at = torch.arange(n * k, device="cpu")[rows.flatten() > 0]
         entry, leaf = self.leaves(rows.flatten()[at])
         entry = at[entry]
@@ -311,13 +402,7 @@ class Nodes:
         most = torch.zeros_like(total).scatter_reduce_(0, place, counts, "amax")
         mixed = torch.zeros(n, dtype=torch.bool, device="cpu")
         mixed[everyone[total > most] // BASE] = True
-        out = rows[:, 0].clone()
-        apart = ~mixed
-        if apart.any():
-            out[apart] = self.union(rows[apart].unbind(-1))
-        if mixed.any():
-            out[mixed] = self._mixed(rows[mixed], why)
-        return out
+        return mixed
 
     def _mixed(self, rows: Tensor, why: str) -> Tensor:
         """The mix of each row of ids, filled up by zeros."""
@@ -364,11 +449,17 @@ class Nodes:
             _, leaf = self.leaves(torch.unique(ids))
             reached[leaf] = reached[leaf].clamp(max=cause)
         # what a mix is made of was there before it
-        for node in self.mix[: self.size].nonzero()[:, 0].flip(0).tolist():
-            if reached[node] <= BASE:
-                number = int(self.mix[node]) - 1
-                _, leaf = self.leaves(self.mixes[number].members)
-                reached[leaf] = reached[leaf].clamp(max=cause_of(number))
+        nodes = self.mix[: self.size].nonzero()[:, 0].flip(0)
+        for some in nodes.split(QUICK) if len(nodes) else ():
+            numbers = (self.mix[some] - 1).tolist()
+            members = [self.mixes[number].members for number in numbers]
+            mix = torch.repeat_interleave(torch.tensor([len(m) for m in members], device="cpu"))
+            entry, leaf = self.leaves(torch.cat(members))
+            mix, leaf = _sorted_pairs(mix[entry], leaf)
+            own = leaf.split(torch.bincount(mix, minlength=len(members)).tolist())
+            for node, number, leaves in zip(some.tolist(), numbers, own, strict=True):
+                if reached[node] <= BASE:
+                    reached[leaves] = reached[leaves].clamp(max=cause_of(number))
         return reached
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .nodes import BASE, DATA, ONE, RANDOM, Nodes, kinds_of, narrow, same_along
-from .running import Preserving, alive, constants, storage_key
+from .running import Preserving, alive, constants, leaves_of, storage_key
 from .snapshot import Snapshot
 from .unit_groups import label, norm_kind, norm_shape, own_tensors, shared_memory
 
@@ -168,7 +168,7 @@ class _Call:
             if isinstance(value, Tensor):
                 self.tensors.append((key, value))
             elif isinstance(value, (list, tuple)):
-                self.tensors += [(key, t) for t in tree_leaves(value) if isinstance(t, Tensor)]
+                self.tensors += [(key, t) for t in leaves_of(value) if isinstance(t, Tensor)]
         self.left = list(self.tensors)
 
     def __getitem__(self, name: str) -> Any:
@@ -307,7 +307,7 @@ class Trace(Preserving):
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
             self._why = f"{call.name} in {at}"
             nested = any(t.is_nested for _, t in call.tensors) or any(
-                isinstance(t, Tensor) and t.is_nested for t in tree_leaves(out)
+                isinstance(t, Tensor) and t.is_nested for t in leaves_of(out)
             )
             if nested:
                 self._nested(call, out)
@@ -319,7 +319,7 @@ class Trace(Preserving):
     def _nested(self, call: _Call, out: Any) -> None:
         """Units that go into a nested tensor are refused, and what comes out of it is data."""
         why = f"{self._why} takes or makes a nested tensor, which cannot be followed"
-        for t in (*call.take(), *(t for t in tree_leaves(out) if isinstance(t, Tensor))):
+        for t in (*call.take(), *(t for t in leaves_of(out) if isinstance(t, Tensor))):
             entry = None if t.is_nested else self.parameter(t)
             self._use(call.op, entry)
             if not t.is_nested and not entry:
@@ -475,7 +475,7 @@ class Trace(Preserving):
     # rules
 
     def _follow(self, call: _Call, out: Any) -> None:
-        op, outs = call.op, [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        op, outs = call.op, [t for t in leaves_of(out) if isinstance(t, Tensor)]
         if op == "resize":
             self._resized.add(storage_key(call.args[0]))
         keys = {storage_key(t) for _, t in call.tensors}
@@ -699,7 +699,7 @@ class Trace(Preserving):
             else:
                 stand_in = _samples(tensor.dtype, i)
             stand_ins[id(tensor)] = stand_in
-        others = [v for v in tree_leaves((call.args, call.kwargs)) if not isinstance(v, Tensor)]
+        others = [v for v in leaves_of(call.args, call.kwargs) if not isinstance(v, Tensor)]
         key = (call.func, tuple(t.dtype for t in tensors), tuple(kinds), tuple(zeros), str(known), str(others))
         if key not in self._probed:
             args, kwargs = tree_map(
@@ -708,7 +708,7 @@ class Trace(Preserving):
             kwargs = {k: v for k, v in kwargs.items() if k not in call.outs}
             try:
                 packet = call.func._overloadpacket if call.outs else call.func
-                result = tree_leaves(packet(*args, **kwargs))[0]
+                result = leaves_of(packet(*args, **kwargs))[0]
                 self._probed[key] = not bool(result.ne(0).any())
             except Exception:  # an operation may refuse what it is tried on
                 self._probed[key] = False
@@ -944,10 +944,10 @@ class Trace(Preserving):
             for tensor in call.take(name):
                 self._use(op, self.parameter(tensor))
         by_data = self._take_index(call, "index", "indices")
-        places = [t for _, t in call.tensors if not any(t is other for n in names for other in tree_leaves(call[n]))]
+        places = [t for _, t in call.tensors if not any(t is other for n in names for other in leaves_of(call[n]))]
         if any(t.device.type == "meta" for t in places):
             for name in names:
-                for tensor in tree_leaves(call[name]):
+                for tensor in leaves_of(call[name]):
                     self.refuse(self.ids(tensor), f"{self._why} has no rule")
             return torch.tensor(DATA, device="cpu")
 

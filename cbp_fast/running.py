@@ -213,6 +213,25 @@ def _on_batch(batch: int, shape: tuple[int, ...], options: dict[str, Any]) -> Fo
     return lambda model: model(torch.zeros(batch, *shape, **options))
 
 
+_PLAIN = frozenset([int, float, bool, complex, str, type(None), torch.dtype, torch.device, Tensor, nn.Parameter])
+
+
+def leaves_of(*values: Any) -> list[Any]:
+    """As PyTorch's `tree_leaves` of the values, quicker: for what is asked at every operation."""
+    found: list[Any] = []
+    for value in values:
+        cls = type(value)
+        if cls in _PLAIN:
+            found.append(value)
+        elif cls is tuple or cls is list:
+            found += leaves_of(*value)
+        elif cls is dict:
+            found += leaves_of(*value.values())
+        else:
+            found += tree_leaves(value)
+    return found
+
+
 def storage_key(tensor: Tensor) -> int:
     """Identifies the memory of a tensor, which its views share."""
     # sparse ones have none
@@ -256,7 +275,7 @@ class Preserving(TorchDispatchMode):
         made: by their keys, the storages that were made under this mode, held so that no other gets the address.
         opened: storages whose content code that is not followed may read and write, and which code.
         path: operations, with the integers among their arguments and results.
-        drawn: whether Python read a value that depends on random numbers.
+        drawn: whether Python read a value that depends on random numbers; `hidden`: and one that `path` does not tell.
     """
 
     # they may change anything
@@ -277,7 +296,7 @@ class Preserving(TorchDispatchMode):
         self.made: dict[int, StorageWeakRef | None] = {}
         self.opened: dict[int, str] = {}
         self.path: list[tuple[Any, tuple[int, ...]]] = []
-        self.drawn = False
+        self.drawn = self.hidden = False
         self._random: set[int] = set()
         self._held: dict[int, Any] = {}
         self._adopted: set[int] = set()
@@ -286,14 +305,14 @@ class Preserving(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain = isinstance(func, torch._ops.OpOverload)
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs)
         taken = [t for t in leaves if isinstance(t, Tensor)]
         # batch norms do not say that they change statistics
         if not plain or func._schema.is_mutable or "batch_norm" in func._overloadpacket.__name__:
             with _disable_current_modes():
                 self._save(func, args, kwargs, taken)
         out = func(*args, **kwargs)
-        results = tree_leaves(out)
+        results = leaves_of(out)
         outs = [t for t in results if isinstance(t, Tensor)]
         keys = {storage_key(t) for t in taken}
         if plain and func._overloadpacket.__name__ == "set_":
@@ -306,7 +325,9 @@ class Preserving(TorchDispatchMode):
                 self.made.setdefault(key, StorageWeakRef(t.untyped_storage()) if key >= 0 else None)
         if not self._random.isdisjoint(keys) or (plain and torch.Tag.nondeterministic_seeded in func.tags):
             self._random.update(map(storage_key, outs))
-            self.drawn |= not outs or (plain and torch.Tag.dynamic_output_shape in func.tags)
+            read = not outs or (plain and torch.Tag.dynamic_output_shape in func.tags)
+            self.drawn |= read
+            self.hidden |= read and not all(isinstance(result, (bool, int, Tensor)) for result in results)
         numbers = [n for n in leaves if type(n) is int]
         for result in results:
             numbers += result.shape if isinstance(result, Tensor) and not result.is_nested else ()
@@ -318,6 +339,7 @@ class Preserving(TorchDispatchMode):
         """From now on code that is not followed may read and write its memory."""
         key = storage_key(tensor)
         self.drawn |= key in self._random
+        self.hidden |= key in self._random
         if key not in self.opened:
             self._held[key] = StorageWeakRef(tensor.untyped_storage()) if key >= 0 else tensor
             self.opened[key] = why
@@ -402,12 +424,13 @@ def undivided(model: nn.Module) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *inputs: Any) -> Iterator[Snapshot]:
+def untouched(model: nn.Module, *inputs: Any, snapshot: Snapshot | None = None) -> Iterator[Snapshot]:
     """Puts back what forward() may change beside tensors: what `Snapshot` says, and the global random states.
 
     Args:
         model: the model.
         inputs: what its forward is given, and may change too.
+        snapshot: one that was made of them when they were as they are.
 
     Yields:
         The snapshot, to see and to put back what has changed in between.
@@ -421,7 +444,7 @@ def untouched(model: nn.Module, *inputs: Any) -> Iterator[Snapshot]:
         stack.enter_context(torch.random.fork_rng([]))
         for device in devices:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
-        snapshot = Snapshot([("", model), *(("the inputs", i) for i in inputs)])
+        snapshot = snapshot or Snapshot([("", model), *(("the inputs", i) for i in inputs)])
         try:
             yield snapshot
         finally:

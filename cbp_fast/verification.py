@@ -19,13 +19,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .dtensors import is_dtensor
-from .running import Forward, Preserving, forwards, held_by, reseed, restored, storage_key, untouched, unwrapped
-from .snapshot import tensors_in
+from .running import (
+    Forward,
+    Preserving,
+    forwards,
+    held_by,
+    leaves_of,
+    reseed,
+    restored,
+    storage_key,
+    untouched,
+    unwrapped,
+)
+from .snapshot import Snapshot, tensors_in
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
 
-# rounds of forwards at least, also for a model that draws random numbers; a group of N units has as many as N has
-# binary digits
-_ROUNDS, _DRAWN = 4, 16
+# rounds of forwards at least; for a model that draws random numbers; for one whose operations were seen to differ; a
+# group of N units has as many as N has binary digits
+_ROUNDS, _DRAWN, _BRANCHING = 4, 8, 16
 # rounds more for units that could not be seen in the first ones
 _MORE = 8
 # so many random numbers, a prime, are repeated where more are needed
@@ -120,9 +131,10 @@ def look(model: nn.Module, group: ResolvedGroup, runs: Sequence[Forward], ignore
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(restored(model, saved))
+        snapshots = [Snapshot([("", model), *(("the inputs", i) for i in held_by(run))]) for run in runs]
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        return _Check(model, group, runs, ignored, dict(zip(tensors, saved, strict=True))).verdict()
+        return _Check(model, group, runs, snapshots, ignored, dict(zip(tensors, saved, strict=True))).verdict()
 
 
 class _Check:
@@ -132,6 +144,7 @@ class _Check:
         shown: whether rows of units moved the output anywhere.
         varied: whether the model ran on other inputs, or has none.
         drawn: whether it draws random numbers.
+        paths: hashes of the operations of all its runs.
         steady: whether it does the same again from one random state.
         failure: what was found wrong.
         error: what the model raised last.
@@ -142,15 +155,18 @@ class _Check:
         model: nn.Module,
         group: ResolvedGroup,
         runs: Sequence[Forward],
+        snapshots: Sequence[Snapshot],
         ignored: tuple[str, ...],
         saved: dict[Tensor, Tensor],
     ) -> None:
-        self.model, self.group, self.runs, self.ignored, self.saved = model, group, runs, ignored, saved
+        self.model, self.group, self.ignored, self.saved = model, group, ignored, saved
+        self.runs = list(zip(runs, snapshots, strict=True))
         self.generator = torch.Generator("cpu").manual_seed(0)
         self.random = torch.randn(_NOISE, generator=self.generator, device="cpu")
         self.modules = [m.module for m in (*group.incoming, *group.outgoing, *group.norms)]
         self.world = False, False
         self.shown = self.varied = self.drawn = False
+        self.paths: set[int] = set()
         self.steady = True
         self.failure = ""
         self.error: Exception | None = None
@@ -164,9 +180,11 @@ class _Check:
                 todo.append(units)
                 more -= 1
             number += 1
+            # other units that are not dropped, and other paths
             if number == 1 and self.drawn:
-                # other paths, and other units that are not dropped
                 todo += self._subsets(_DRAWN - _ROUNDS)
+            if number == _DRAWN and self.drawn and len(self.paths) > 1:
+                todo += self._subsets(_BRANCHING - _DRAWN)
         unshown = ""
         if not self.shown:
             unshown = "the output does not depend on its units"
@@ -290,17 +308,18 @@ class _Check:
         seen = _Seen([[] for _ in self.group.outgoing])
         vary = None if way is None else functools.partial(self._other, way, seed)
         watch = _Watch(self.model, vary)
-        for run in self.runs:
+        for run, snapshot in self.runs:
             before = _seed(seed)
             # inside a context of the user it would keep weights that have changed
             torch.clear_autocast_cache()
             # first, so that what the hooks write is none of the model's
-            with untouched(self.model, *held_by(run)), self._hooked(watch, units, seen), watch, _Uncoupled():
+            with untouched(self.model, snapshot=snapshot):
                 try:
-                    with torch.enable_grad():
+                    with self._hooked(watch, units, seen), watch, _Uncoupled(), torch.enable_grad():
                         output = run(self.model)
-                    seen.outputs += self._outputs(output, watch)
                     self.drawn |= _random_states() != before
+                    self.paths.add(hash(tuple(watch.path)))
+                    seen.outputs += self._outputs(output, watch, snapshot)
                 finally:
                     watch.restore()
         seen.eps, seen.inputs, seen.varied = watch.eps, watch.inputs, watch.varied
@@ -323,7 +342,7 @@ class _Check:
             for handle in handles:
                 handle.remove()
 
-    def _outputs(self, output: Any, watch: _Watch) -> list[Tensor]:
+    def _outputs(self, output: Any, watch: _Watch, snapshot: Snapshot) -> list[Tensor]:
         """What a run returned, and what it left in attributes of the model."""
         with _disable_current_modes():
             found = [(path, t) for path, t in tensors_in(output)]
@@ -332,11 +351,10 @@ class _Check:
             if numpy:
                 arrays = (a for a in tree_leaves(output) if isinstance(a, (numpy.ndarray, numpy.generic)))
                 found += [("", torch.as_tensor(a)) for a in arrays if a.dtype.kind in "biufc"]
-            for name, module in self.model.named_modules():
-                for key, value in vars(module).items():
-                    if key not in _OWN:
-                        path = f"{name}.{key}" if name else key
-                        found += [(at, t) for at, t in tensors_in(value, path) if storage_key(t) in watch.made]
+            gradients = {id(t.grad) for t in snapshot.tensors() if t.is_leaf}
+            for path, value in snapshot.changed():
+                if id(value) not in gradients:
+                    found += [(at, t) for at, t in tensors_in(value, path) if storage_key(t) in watch.made]
             return [_dense(t) for path, t in found if not path.startswith(self.ignored or ("\0",))]
 
     def _other(self, way: str, number: int, x: Tensor) -> Tensor:
@@ -355,9 +373,6 @@ class _Check:
             return x
         i = torch.arange(x.numel(), device=x.device)
         return x.flatten()[(i * i + number + 1) % len(i)].view(x.shape)
-
-
-_OWN = frozenset(vars(nn.Module())) - {"training"}
 
 
 class _Seen:
@@ -446,7 +461,7 @@ class _Watch(Preserving):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        keys = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        keys = {_key(t) for t in leaves_of(args, kwargs) if isinstance(t, Tensor)}
         own = self.depth > 0 or not keys.isdisjoint(self.own)
         if own and not self.depth and isinstance(func, torch._ops.OpOverload) and not func._schema.is_mutable:
             # data that joins what the model made; indices say where, and stay
@@ -458,7 +473,7 @@ class _Watch(Preserving):
                 names = (a.name for a in func._schema.arguments)
                 channels = func is torch.ops.aten.native_group_norm.default
                 out[0].copy_(_scaled({**dict(zip(names, args, strict=False)), **kwargs}, channels))
-        for t in tree_leaves(out):
+        for t in leaves_of(out):
             if isinstance(t, Tensor):
                 if t.is_floating_point():
                     self.eps = max(self.eps, torch.finfo(t.dtype).eps)

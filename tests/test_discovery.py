@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
+from cbp_fast import discovery
 from cbp_fast.discovery import explain, find_unit_groups
 from cbp_fast.unit_groups import Part, UnitGroup, check_disjoint, resolve
 from cbp_fast.verification import verify_unit_group, verify_unit_groups
@@ -774,6 +775,40 @@ def test_refusal_says_why(name):
     assert layer not in [group.name for group in find_unit_groups(model, x)], text
     (line,) = [line for line in text.splitlines() if line.startswith(f"'{layer}' (")]
     assert reason in line
+
+
+def test_a_path_that_chance_does_not_change_is_followed_once(monkeypatch):
+    """Each layer of a transformer asks whether it is left out, which by default it never is."""
+    followed, look = [], discovery._look
+    monkeypatch.setattr(discovery, "_look", lambda *args: (followed.append(1), look(*args))[1])
+    for dropped, once in ((0.0, True), (0.5, False)):
+
+        def forward(m, x, dropped=dropped):
+            h = torch.relu(m.a(x))
+            return m.b(h if torch.rand(()) < dropped else torch.tanh(h))
+
+        model = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+        followed.clear()
+        assert [g.name for g in find_unit_groups(model, torch.randn(3, 4))] == ["a"]
+        assert (len(followed) == 1) == once
+
+
+@pytest.mark.parametrize(
+    "number",
+    [lambda: torch.rand(()).item(), lambda: torch.rand(1).numpy()[0], random.random],
+    ids=["item", "numpy", "Python"],
+)
+def test_what_chance_chooses_beside_the_operations_is_seen(number):
+    def forward(m, x):
+        by = int(number() * 6)
+        order = torch.tensor([(i + by) % 6 for i in range(6)])
+        return m.b(torch.relu(m.a(x))[:, order])
+
+    model = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    for seed in range(3):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        assert find_unit_groups(model, torch.randn(3, 4)) == []
 
 
 def test_path_chosen_at_random_is_taken_both_ways():

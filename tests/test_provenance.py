@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from networks import Net
 from torch import nn
 
+from cbp_fast import nodes
 from cbp_fast.discovery import explain, find_unit_groups
 
 X = torch.randn(4, 6)
@@ -172,8 +173,6 @@ def test_norms_that_add_something_are_norms():
 
 def test_a_scan_takes_time_in_proportion(monkeypatch):
     # mixes of mixes were walked anew for each: counted in nodes, which repeat where times do not
-    from cbp_fast import nodes
-
     looked_at = []
     leaves = nodes.Nodes.leaves
     monkeypatch.setattr(nodes.Nodes, "leaves", lambda self, ids: (looked_at.append(len(ids)), leaves(self, ids))[1])
@@ -192,3 +191,29 @@ def test_a_scan_takes_time_in_proportion(monkeypatch):
         find_unit_groups(model, torch.randn(2, length, 6))
         counts.append(sum(looked_at))
     assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
+
+
+def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
+    """Of few ids Python makes the nodes, of many operations on tensors: the same sets, bare parts and mixes."""
+    tables = []
+    for quick in (0, nodes.QUICK):
+        monkeypatch.setattr(nodes, "QUICK", quick)
+        torch.manual_seed(0)
+        table = nodes.Nodes()
+        ids = torch.cat([*(table.source(name, 0, 20) for name in "ab"), table.source("bias", None, 1)])
+        for _ in range(30):
+            some = [ids[torch.randint(len(ids), (n,))] for n in (6, 6)]
+            found = [table.join(*some), table.product(*some), table.with_one(some[0])]
+            # one at a time: mixes are numbered as they are made
+            for row in ids[torch.randint(len(ids), (4, 1, 5))]:
+                row[0, : int(torch.randint(3, ()))] = 0
+                found.append(table.merge(row, "sum"))
+            ids = torch.cat([ids, *found])
+
+        def leaves(node, table=table):
+            _, found = table.leaves(torch.tensor([node]))
+            return sorted(-int(table.mix[leaf]) or int(leaf) for leaf in found)
+
+        tables.append([(leaves(node), leaves(int(table.bare[node]))) for node in ids.tolist()])
+        assert len(table.mixes) > 50
+    assert tables[0] == tables[1]
