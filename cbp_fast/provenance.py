@@ -35,6 +35,7 @@ _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)
 _NORM_OPS = ("batch_norm", "native_layer_norm", "native_group_norm", "_fused_rms_norm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
+_EMPTY = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 _POINTWISE = ("hardswish", "mish", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "native_dropout")
 # they zero elements at random
 _DROPOUTS = ("native_dropout", "rrelu_with_noise")
@@ -132,6 +133,7 @@ class _Schema(NamedTuple):
     name: str
     names: tuple[str, ...]
     outs: frozenset[str]  # arguments that are only written, as `out=`
+    written: frozenset[str]  # those, and what is changed in place
     mutable: bool
     tags: frozenset[torch.Tag]
 
@@ -141,7 +143,10 @@ def _schema_of(func: torch._ops.OpOverload) -> _Schema:
     name, arguments = func._overloadpacket.__name__, func._schema.arguments
     outs = (a.name for a in arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write)
     names = tuple(a.name for a in arguments)
-    return _Schema(name.rstrip("_"), name, names, frozenset(outs), func._schema.is_mutable, frozenset(func.tags))
+    written = frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return _Schema(
+        name.rstrip("_"), name, names, frozenset(outs), written, func._schema.is_mutable, frozenset(func.tags)
+    )
 
 
 class _Call:
@@ -156,13 +161,13 @@ class _Call:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.plain = isinstance(func, torch._ops.OpOverload)
         if self.plain:
-            self.op, self.name, names, self.outs, self.mutable, self.tags = _schema_of(func)
+            self.op, self.name, names, self.outs, self.written, self.mutable, self.tags = _schema_of(func)
             self.given = dict(zip(names, args, strict=False))
             self.given.update((k, v) for k, v in kwargs.items() if k not in self.outs)
         else:
             self.op = self.name = str(func)
             self.given, self.mutable = {"arguments": (args, kwargs)}, False
-            self.outs = self.tags = frozenset[Any]()
+            self.outs = self.written = self.tags = frozenset[Any]()
         self.tensors: list[tuple[str, Tensor]] = []
         for key, value in self.given.items():
             if isinstance(value, Tensor):
@@ -220,8 +225,8 @@ class Trace(Preserving):
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
         self._shadows: dict[int, _Shadow] = {}
-        # storages that were resized, to be written to, and that no operation seen has written to since
-        self._resized: set[int] = set()
+        # storages that were made or resized to be written to, and that no operation seen has written to since
+        self._unwritten: set[int] = set()
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
@@ -271,7 +276,7 @@ class Trace(Preserving):
             self.refuse(ids, _LIVING)
         self.forget()
         self._shadows.clear()
-        self._resized.clear()
+        self._unwritten.clear()
         self._kept.clear()
         self._parameters = dict(self._own)
 
@@ -351,7 +356,7 @@ class Trace(Preserving):
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if shadow is None and (key not in self.made or key in self._parameters):
             return self._outer(key, tensor)
-        if shadow is None and tensor.grad_fn is None and key not in self._resized:
+        if shadow is None and tensor.grad_fn is None and key not in self._unwritten:
             return None
         if shadow is None:
             # made by a kernel that is called past the dispatcher
@@ -411,7 +416,7 @@ class Trace(Preserving):
             name = f"'{entry[0]}'" if entry else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
-        self._resized.discard(key)
+        self._unwritten.discard(key)
         shadow, storage = self._shadows.get(key), tensor.untyped_storage()
         if not tensor.numel() or (shadow is None and ids is None):
             return
@@ -476,8 +481,13 @@ class Trace(Preserving):
 
     def _follow(self, call: _Call, out: Any) -> None:
         op, outs = call.op, [t for t in leaves_of(out) if isinstance(t, Tensor)]
+        written = leaves_of([call[name] for name in call.written])
+        self._unwritten.difference_update(storage_key(t) for t in written if isinstance(t, Tensor))
         if op == "resize":
-            self._resized.add(storage_key(call.args[0]))
+            self._unwritten.add(storage_key(call.args[0]))
+        elif op in _EMPTY:
+            self._unwritten.update(map(storage_key, outs))
+            return
         keys = {storage_key(t) for _, t in call.tensors}
         views = bool(outs) and all(storage_key(t) in keys for t in outs)
         if call.plain and ((views and not call.mutable) or torch.Tag.inplace_view in call.tags) and op != "lift_fresh":
@@ -1047,7 +1057,7 @@ class Trace(Preserving):
     def _reduce(self, call: _Call, ids: Tensor) -> Tensor:
         axes = call["dim"]
         axes = list(range(ids.dim())) if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
-        axes = [axis % max(ids.dim(), 1) for axis in axes]
+        axes = [axis % ids.dim() for axis in axes] if ids.dim() else []
         kept = [axis for axis in range(ids.dim()) if axis not in axes]
         merged = self.nodes.merge(ids.permute(kept + axes).flatten(len(kept)), self._why) if axes else ids
         return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if call["keepdim"] else merged

@@ -1,5 +1,7 @@
 """What the trace makes of one operation: which factors claim data, which indices choose, what is a mix."""
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,6 +193,31 @@ def test_a_scan_takes_time_in_proportion(monkeypatch):
         find_unit_groups(model, torch.randn(2, length, 6))
         counts.append(sum(looked_at))
     assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
+
+
+@pytest.mark.parametrize("reduce", [torch.amin, torch.sum, torch.mean, torch.logsumexp, torch.cumsum, torch.softmax])
+def test_one_number_can_be_reduced(reduce):
+    model = net(lambda m, x: m.b(torch.tanh(m.a(x)) * reduce(x.sum(), 0)), **layers((6, 6), (6, 3)))
+    assert [g.name for g in find_unit_groups(model, X)] == ["a"]
+
+
+def test_memory_that_no_operation_has_written_may_hold_anything():
+    """A kernel that is called by an address writes to what was made for it."""
+
+    def forward(m, x):
+        h = torch.tanh(m.a(x)).contiguous()
+        out = torch.empty_like(h)
+        ctypes.memmove(out.data_ptr(), h.data_ptr(), h.nbytes)
+        return m.b(h) + m.c(out)
+
+    assert find_unit_groups(net(forward, **layers((6, 6), (6, 3), (6, 3))), X) == []
+
+    def written(m, x):
+        out = torch.empty(4, 6)
+        out[:, :3] = torch.ones(4, 3)
+        return m.b(torch.tanh(m.a(x))) + m.c(out)
+
+    assert [g.name for g in find_unit_groups(net(written, **layers((6, 6), (6, 3), (6, 3))), X)] == ["a"]
 
 
 def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
