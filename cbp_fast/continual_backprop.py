@@ -307,7 +307,6 @@ class ContinualBackprop(Rates, Joinable):
         self._rule = Rule.make(rule)
         steppers = _optimizers(optimizer)
         self._wrapped, self._model, self._process_group = model, unwrapped(model), process_group
-        _check_not_compiled(self._model)
         self._backend, self._seed = backend, seed
         self._asked = _Asked(groups, example_inputs, include, exclude)._replace(
             include_coupled=include_coupled, unreached_ok=unreached_ok, ignore_outputs=ignore_outputs, verify=verify
@@ -894,11 +893,6 @@ def _check_has_forward(model: nn.Module, example_inputs: Any) -> None:
         f"{name} has no forward() to find its unit groups by; give example_inputs=lambda model: ..., a function that "
         f"runs what the training loop calls, or attach to its parts by themselves ({', '.join(parts) or 'it has none'})"
     )
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
-        raise ValueError("the model is compiled already and would not call new hooks; attach first, then compile")
 
 
 def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:

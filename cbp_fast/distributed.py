@@ -78,7 +78,7 @@ def several_processes() -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel.
+    """The model inside DistributedDataParallel and `torch.compile`.
 
     Raises:
         ValueError: FullyShardedDataParallel wraps it or a part of it.
@@ -88,7 +88,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise ValueError(
             "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard"
         )
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def join_processes(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.compiler import is_compiling
 
+from .attaching import Hook, hang, take_off
 from .continual_backprop import ContinualBackprop
+from .engine import is_observed
 from .reference import by_unit, columns_of
 from .state import Slot
 
@@ -121,6 +123,28 @@ class Writer(Protocol):
         """Takes a tensor of values."""
 
 
+class _Watcher(Hook):
+    """Forward pre-hook of a reading layer that keeps rows of its input for a measurement."""
+
+    __slots__ = ("monitor", "slot")
+
+    def __init__(self, monitor: Monitor, slot: Slot) -> None:
+        super().__init__(monitor._cbp)
+        self.monitor: Monitor | None = monitor
+        self.slot = slot
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        monitor, slot = self.monitor, self.slot
+        if monitor is not None and module.training and is_observed() and not is_compiling():
+            h = columns_of(args[0] if args else kwargs["input"], slot).flatten(0, 1)
+            # a copy: what follows may change it in place
+            monitor._seen[slot.group] = slot, h[:: -(-len(h) // monitor._samples)].clone()
+
+    def off(self) -> None:
+        self.monitor = None
+
+
 class Monitor:
     """Plasticity of a network under continual backprop, measured every so many steps.
 
@@ -170,7 +194,7 @@ class Monitor:
         self.history: list[dict[str, Any]] = []
         self._cbp, self._every, self._tau, self._samples, self._writer = cbp, every, tau, samples, writer
         self._steps = 0
-        self._handles: list[RemovableHandle] = []
+        self._modules: list[nn.Module] = []
         self._seen: dict[int, tuple[Slot, Tensor]] = {}
         self._watch_if_next()
 
@@ -187,26 +211,16 @@ class Monitor:
 
     def remove(self) -> None:
         """Takes its hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        take_off(self._modules, lambda hook: isinstance(hook, _Watcher) and hook.monitor is self)
+        self._modules = []
 
     def _watch_if_next(self) -> None:
         self.remove()
         self._seen = {}
         if (self._steps + 1) % self._every == 0:
-            slots = self._cbp._engine.state.slots
-            self._handles = [s.module.register_forward_pre_hook(self._watcher(s), with_kwargs=True) for s in slots]
-
-    def _watcher(self, slot: Slot) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        @torch.no_grad()
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training:
-                h = columns_of(args[0] if args else kwargs["input"], slot).flatten(0, 1)
-                # a copy: what follows may change it in place
-                self._seen[slot.group] = slot, h[:: -(-len(h) // self._samples)].clone()
-
-        return watch
+            for slot in self._cbp._engine.state.slots:
+                self._modules.append(slot.module)
+                hang(slot.module, _Watcher(self, slot))
 
     def _measure(self) -> dict[str, Any]:
         cbp, state = self._cbp, self._cbp._engine.state

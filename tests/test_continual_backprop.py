@@ -236,12 +236,38 @@ def test_other_groups_of_the_model_may_have_another_one():
     assert (one.age["0"].max(), other.age["2"].max()) == (1, 0)
 
 
-def test_a_compiled_model_is_refused():
-    compiled_in_place = mlp()
-    compiled_in_place.compile(backend="eager")
-    for model in (compiled_in_place, torch.compile(mlp(), backend="eager")):
-        with pytest.raises(ValueError, match="compiled already and would not call new hooks; attach first"):
-            ContinualBackprop(model)
+def _compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def _with_a_compiled_part(model):
+    model[2].compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("called", [False, True], ids=["never called", "called"])
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda model: torch.compile(model, backend="eager"), _compiled_in_place, _with_a_compiled_part],
+    ids=["wrapped", "in place", "a part"],
+)
+def test_a_model_may_be_compiled_already(compiled, called):
+    results = []
+    for how in (lambda model: model, compiled):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = how(mlp())
+        optimizer = momentum(model)
+        stream = Stream(model, optimizer)
+        if called:
+            stream.train(3)
+        cbp = ContinualBackprop(model, optimizer, maturity_threshold=2, replacement_rate=0.2, seed=0)
+        stream.train(10)
+        assert sum(cbp.num_replaced.values()) > 0
+        results.append([*cbp.age.values(), *cbp.last_replaced.values(), *(p.detach() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 def test_refresh_follows_a_new_optimizer(attached):

@@ -1,7 +1,9 @@
 """`cbp_fast.metrics` against NumPy's SVD and hand-computed cases."""
 
+import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -232,6 +234,29 @@ def test_a_monitor_is_off_the_model_between_measurements_and_after_remove():
     assert hooks() != bare
     monitor.remove()
     assert hooks() == bare
+
+
+def test_a_measurement_that_is_due_is_in_nobodys_way(everything):
+    """What the model is looked at for, copied and pickled for, is the same as without, and is not measured."""
+    model, optimizer, cbp = attached()
+    groups, x = cbp.groups, torch.randn(5, 2, 4, 4)
+    text = cbp_fast.explain(model, x)
+    monitor = Monitor(cbp, every=1)
+    train(model, optimizer, monitor, 1)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(pickle.loads(pickle.dumps(model)).state_dict())
+    assert not any(m._forward_pre_hooks for m in twin.modules())
+    assert cbp_fast.explain(model, x) == text
+    twin.train()(x)
+    model(x)
+    twin(torch.zeros(3, 2, 4, 4))
+    cbp_fast.explain(model, torch.zeros(3, 2, 4, 4))
+    seen = [h for _, h in monitor._seen.values()]
+    assert seen and all(len(h) == 5 and h.any() for h in seen)
+    cbp.refresh()
+    assert cbp.groups == groups
+    train(model, optimizer, monitor, 3)
+    assert all("dormant" in group for group in monitor.history[-1]["groups"].values())
 
 
 def test_a_monitor_changes_nothing_in_the_run(everything):
