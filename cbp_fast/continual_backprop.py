@@ -59,7 +59,11 @@ from .unit_groups import (
     resolve,
     shared_layer,
     shared_memory,
+    strings,
 )
+
+# steps of an optimizer over units of an object without one, after which its step() is taken to be forgotten
+_FORGOTTEN = 100
 
 
 class _Nobody:
@@ -120,9 +124,12 @@ class _Asked(NamedTuple):
 
     def check_given(self) -> None:
         """Raises ValueError for options of finding groups, where groups are given."""
-        options = [name for name, value in self.finding().items() if value]
+        options = [name for name, value in self.finding().items() if value is not False and value != ()]
         if options:
-            raise ValueError(f"groups= gives the unit groups, and {', '.join(options)} is for finding them")
+            names = ", ".join(options)
+            raise ValueError(
+                f"groups= gives the unit groups, and {names} is for finding them (verify_unit_group checks given ones)"
+            )
 
 
 class _Place(NamedTuple):
@@ -336,7 +343,7 @@ class ContinualBackprop(Rates, Joinable):
         # whether the groups are still to be found in a forward
         self._waiting = False
         # whether the next step has something to look at: the first forward, or what was registered since
-        self._news, self._heard, self._told = True, False, False
+        self._news, self._heard, self._told, self._unheard = True, False, False, 0
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._assigned: list[tuple[nn.Module, str]] = []
         self._follow(self._asked, steppers)
@@ -408,6 +415,8 @@ class ContinualBackprop(Rates, Joinable):
             found = find_unit_groups(self._model, example_inputs, **asked.finding())
         else:
             asked.check_given()
+            if not isinstance(groups, Iterable):
+                raise TypeError(f"groups is a {type(groups).__name__}, must be a UnitGroup or a list of them")
             found = list(groups)
         tied = shared_memory(own_tensors(self._model))
         every = _in_forward_order([resolve(self._model, group, tied) for group in found])
@@ -586,7 +595,7 @@ class ContinualBackprop(Rates, Joinable):
 
     def _overheard(self, optimizer: Optimizer) -> bool:
         """An optimizer has stepped; whether that is of no interest, as long as nothing else is attached."""
-        if not self._steppers or any(optimizer is known for known in self._steppers):
+        if any(optimizer is known for known in self._steppers) or (self._heard and not self._steppers):
             return True
         if self._told or not self._engine.enabled:
             return self._told
@@ -598,7 +607,20 @@ class ContinualBackprop(Rates, Joinable):
         # what an optimizer that is followed steps itself is its own affair
         if any(inside_step(known) for known in self._steppers):
             return True
+        if not self._steppers:
+            # a loop may begin to call step() late
+            self._unheard += 1
+            if self._unheard < _FORGOTTEN:
+                return False
         self._told = True
+        if not self._steppers:
+            warnings.warn(
+                f"an optimizer ({type(optimizer).__name__}) has stepped {_FORGOTTEN} times over units of continual "
+                "backprop, which was given no optimizer and whose step() was not called: it does nothing. Call "
+                "refresh(optimizer=...), or step() after each update, or remove()",
+                stacklevel=5,
+            )
+            return True
         warnings.warn(
             f"an optimizer ({type(optimizer).__name__}) that was not given to continual backprop trains its units; its "
             "steps are not followed, nor is its state reset. Call refresh(optimizer=...) with all that train the model "
@@ -830,9 +852,7 @@ def _filtered(
 ) -> list[ResolvedGroup]:
     def matches(option: str, patterns: str | Sequence[str]) -> set[str]:
         hits: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"{option} holds {pattern!r}, must be patterns of group names, such as 'layers.*'")
+        for pattern in strings(option, patterns, "patterns of group names, such as 'layers.*'"):
             found = {group.name for group in groups if fnmatchcase(group.name, pattern)}
             if not found:
                 names = ", ".join(group.name for group in groups)

@@ -47,6 +47,7 @@ from .unit_groups import (
     out_axis,
     read_width,
     resolve,
+    strings,
 )
 from .verification import check_memory, look
 
@@ -182,7 +183,10 @@ def _discover(
     verify: bool,
 ) -> _Found:
     model = unwrapped(model)
-    ignored = (ignore_outputs,) if isinstance(ignore_outputs, str) else tuple(ignore_outputs)
+    for name, flag in (("include_coupled", include_coupled), ("unreached_ok", unreached_ok), ("verify", verify)):
+        if flag not in (False, True):
+            raise TypeError(f"{name} is {flag!r}, must be True or False")
+    ignored = strings("ignore_outputs", ignore_outputs, "beginnings of paths, such as \"['hidden']\"")
     with undivided(model) as divided:
         if divided and verify:
             raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
@@ -203,6 +207,9 @@ def _discover(
                 raise ValueError(
                     f"{type(model).__name__}.forward() does not run on the example_inputs given: {cause}"
                 ) from cause
+    if ignored and not any(path.startswith(ignored) for path in trace.exits):
+        there = ", ".join(map(repr, list(trace.exits)[:20])) or "none"
+        raise ValueError(f"ignore_outputs is {ignore_outputs!r}, which no output begins with; there are: {there}")
     unreached = [] if unreached_ok else _unreached(model, trace)
     for candidate in candidates:
         if not candidate.reason:
@@ -406,11 +413,15 @@ def _look(model: nn.Module, run: Forward, trace: Trace, snapshot: Snapshot, igno
 def _account(model: nn.Module, output: Any, trace: Trace, snapshot: Snapshot, ignored: tuple[str, ...]) -> None:
     """Refuses the units that are returned, or kept."""
     for path, tensor in tensors_in(output, inside=list(model.modules())):
+        trace.exits[path] = None
         if not path.startswith(ignored or ("\0",)):
             trace.refuse(trace.ids(tensor), f"part of the model's output{path and ' ' + path}")
     for attribute, value in snapshot.changed():
         for path, tensor in tensors_in(value, attribute, inside=list(model.modules())):
-            if storage_key(tensor) in trace.made and not path.startswith(ignored or ("\0",)):
+            if storage_key(tensor) not in trace.made:
+                continue
+            trace.exits[path] = None
+            if not path.startswith(ignored or ("\0",)):
                 trace.refuse(trace.ids(tensor), f"its units are kept in the attribute '{path}'")
 
 
@@ -752,7 +763,7 @@ def _may_share(unreached: Sequence[tuple[str, set[int]]], candidate: _Candidate)
         if sizes & widths:
             return (
                 f"{name} is not reached but has its width, and may share its units elsewhere: give example_inputs that "
-                "reach it too, or unreached_ok=True"
+                "reach it too, or unreached_ok=True if it reads none of them"
             )
     return ""
 

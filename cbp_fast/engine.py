@@ -1087,7 +1087,7 @@ def _checked_tensor(what: str, theirs: Any, mine: Tensor) -> Tensor:
         if theirs.is_meta or is_functorch_wrapped_tensor(theirs) or _room_of(theirs) < _extent_of(theirs):
             raise ValueError(f"state_dict: {what} has no numbers in it")
         copy = theirs.detach().to("cpu", copy=True)
-        good = bool(copy.isfinite().all()) and (copy.is_floating_point() or not bool((copy < 0).any()))
+        good = bool(copy.isfinite().all()) and (what.startswith("running_mean") or not bool((copy < 0).any()))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(f"state_dict: {what} cannot be read: {_shown(error)}") from None
     if not good:

@@ -178,7 +178,7 @@ class _CBPLayer(Rates, nn.Module):
         resolved = resolve(present, UnitGroup(type(self).__name__, ["in_layer"], ["out_layer"], norms))
         if num_last_filter_outputs is not None and resolved.columns_per_unit != num_last_filter_outputs:
             raise ValueError(
-                f"num_last_filter_outputs is {num_last_filter_outputs}, but out_layer reads "
+                f"num_last_filter_outputs is {num_last_filter_outputs!r}, but out_layer reads "
                 f"{resolved.columns_per_unit} columns of each unit"
             )
         self._may_reseed = seed is None

@@ -202,6 +202,7 @@ class Trace(Preserving):
         modules: of the model, by name.
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
+        exits: paths of what is returned or kept.
         paths: operations of the forwards, each in its first run.
         random: whether a path may depend on random numbers.
         unsure: whether a tensor appeared of which it is not known whether it was there before the forward.
@@ -219,6 +220,7 @@ class Trace(Preserving):
         self.seen: set[str] = set()
         self.used_by: dict[str, str] = {}
         self.branches: dict[str, None] = {}
+        self.exits: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
         self.tied = shared_memory(own_tensors(model))
         self.statistics = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,7 +43,8 @@ class Rule:
         init: distribution of re-drawn incoming weights, one of `INITS`; "as_attached" is normal with the standard
             deviation that each weight had at attach, for networks with an initialisation of their own; `clarena`
             draws from U[0, 1).
-        act: activation function whose gain `init` uses, as `torch.nn.init.calculate_gain` names it; not detected.
+        act: activation function whose gain `init` uses, as `torch.nn.functional` names it; not detected. Where
+            `torch.nn.init.calculate_gain` knows none, relu's.
         accumulate: keep the fraction of a unit that is due for the next step; otherwise a coin decides on it.
         accrual: "eligible": the rate counts mature units; "all": it counts all units once one is mature.
         transfer_bias: add what a replaced unit gave on average to the biases of the layers that read it.
@@ -67,14 +69,22 @@ class Rule:
     UTILITIES = tuple(_FACTORS)
 
     def __post_init__(self) -> None:
-        def one_of(what: str, allowed: tuple[str, ...]) -> None:
+        def one_of(what: str, allowed: tuple[Any, ...]) -> None:
             if getattr(self, what) not in allowed:
-                raise ValueError(f"Rule: {what} is {getattr(self, what)!r}, must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"Rule: {what} is {getattr(self, what)!r}, must be one of {', '.join(map(str, allowed))}"
+                )
 
         one_of("name", ("nature", "gnt", "clarena"))
         one_of("utility", self.UTILITIES)
         one_of("init", INITS)
         one_of("accrual", ("eligible", "all"))
+        for option in ("accumulate", "transfer_bias", "reset_optimizer"):
+            one_of(option, (False, True))
+        if self.act not in ("linear", "swish") and not hasattr(torch.nn.functional, self.act):
+            raise ValueError(
+                f"Rule: act is {self.act!r}, must be an activation function as torch.nn.functional names it, as 'relu'"
+            )
         gnt_only: tuple[str, ...] = ("utility", "accumulate", "accrual", "reset_optimizer")
         if self.name == "clarena":
             gnt_only += ("init", "act", "transfer_bias")

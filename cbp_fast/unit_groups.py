@@ -75,8 +75,13 @@ class UnitGroup:
     num_units: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"UnitGroup: name is {self.name!r}, must be a string")
         for role in ("incoming", "outgoing", "norms"):
             layers = getattr(self, role)
+            if not isinstance(layers, (str, nn.Module, Part, Sequence)):
+                kinds = "names, modules or Parts"
+                raise TypeError(f"UnitGroup: {role} is a {type(layers).__name__}, must be layers: {kinds}")
             # a lone name would fall apart into its letters
             layers = (layers,) if isinstance(layers, (str, nn.Module, Part)) else tuple(layers)
             object.__setattr__(self, role, layers)
@@ -222,6 +227,15 @@ def shared_layer(one: ResolvedGroup, other: ResolvedGroup) -> str:
     return ""
 
 
+def strings(option: str, given: Any, what: str) -> tuple[str, ...]:
+    """One string or several, as an argument has them."""
+    several = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for one in several:
+        if not isinstance(one, str):
+            raise TypeError(f"{option} {'is' if one is given else 'holds'} {one!r}, must be {what}")
+    return several
+
+
 def check_model(model: nn.Module) -> None:
     """Checks that a model is a module, and not wrapped."""
     if not isinstance(model, nn.Module):
@@ -324,7 +338,7 @@ def _num_units(
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"num_units is {n!r}, must be a positive integer")
     if group.num_units not in (None, n):
-        raise ValueError(f"num_units is {group.num_units} but '{names[whole[0]]}' makes {n} units")
+        raise ValueError(f"num_units is {group.num_units!r} but '{names[whole[0]]}' makes {n} units")
     return n
 
 

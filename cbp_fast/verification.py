@@ -32,7 +32,7 @@ from .running import (
     unwrapped,
 )
 from .snapshot import Snapshot, tensors_in
-from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes
+from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes, strings
 
 # rounds of forwards at least; for a model that draws random numbers; for one whose operations were seen to differ; a
 # group of N units has as many as N has binary digits
@@ -85,7 +85,7 @@ def verify_unit_group(
     """
     model = unwrapped(model)
     check_memory(model)
-    ignored = (ignore_outputs,) if isinstance(ignore_outputs, str) else tuple(ignore_outputs)
+    ignored = strings("ignore_outputs", ignore_outputs, "beginnings of paths of outputs")
     verdict = look(model, resolve(model, group), forwards(example_inputs), ignored)
     if verdict.unshown:
         raise ValueError(f"unit group '{group.name}': {verdict.unshown}, so that the check shows nothing")

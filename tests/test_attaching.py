@@ -116,6 +116,8 @@ def interrupted(prepare):
 
 
 def test_attaching_that_is_interrupted_anywhere_leaves_nothing():
+    # what other tests have attached and left
+    gc.collect()
     model = mlp()
     optimizer = sgd(model)
     before = hooks_of(model, optimizer)
@@ -296,6 +298,33 @@ def test_steps_of_the_inner_optimizer_alone_are_said():
         optimizer.base_optimizer.step()
 
 
+def test_an_optimizer_that_was_forgotten_is_said_once():
+    def train(cbp, step, steps=150):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                model(torch.randn(2, 6)).sum().backward()
+                optimizer.step()
+                step()
+        return [str(w.message) for w in said if "continual backprop" in str(w.message)]
+
+    model = mlp()
+    cbp = ContinualBackprop(model)
+    (line,) = train(cbp, lambda: None)
+    assert "(SGD) has stepped 100 times" in line
+    assert "refresh(optimizer=...), or step()" in line
+    cbp.remove()
+    # which is called, by the loop or before it
+    cbp = ContinualBackprop(model)
+    assert train(cbp, cbp.step) == []
+    assert train(cbp, lambda: None) == []
+    cbp.remove()
+    cbp = ContinualBackprop(model)
+    cbp.enabled = False
+    assert train(cbp, lambda: None) == []
+
+
 # models that cannot be run, and options
 
 
@@ -372,7 +401,7 @@ def test_options_of_finding_groups_are_remembered():
 
 
 @pytest.mark.parametrize(
-    "option", [{"include_coupled": True}, {"unreached_ok": True}, {"ignore_outputs": "[1]"}, {"verify": True}], ids=str
+    "option", [{"include_coupled": True}, {"unreached_ok": True}, {"ignore_outputs": ""}, {"verify": True}], ids=str
 )
 def test_options_of_finding_groups_do_not_go_with_given_ones(option):
     model = mlp()

@@ -228,6 +228,10 @@ BAD_STATES = {
     "utility of another type": (at(*GROUP, "utility")(lambda u: u.double()), "utility of group '2' is .*float64"),
     "utility no tensor": (at(*GROUP, "utility")([0.0] * 10), "utility of group '2' is list"),
     "utility nan": (at(*GROUP, "utility")(lambda u: u * math.nan), "utility of group '2'"),
+    "utility negative": (
+        at(*GROUP, "utility")(lambda u: u - 1000),
+        "utility of group '2' .*negative",
+    ),
     "age negative": (at(*GROUP, "age")(lambda a: a - 1000), "age of group '2'"),
     "age of another type": (at(*GROUP, "age")(lambda a: a.long()), "age of group '2' is .*int64"),
     "pending negative": (at(*GROUP, "pending")(-0.5), "pending of group '2' is -0.5"),

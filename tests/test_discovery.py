@@ -846,6 +846,23 @@ def test_options_that_take_what_is_refused():
     assert as_rows(find_unit_groups(model, ROWS, unreached_ok=True)) == [("body", ["heads.a"], [])]
 
 
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"verify": "a"}, TypeError, "verify is 'a', must be True or False"),
+        ({"include_coupled": "yes"}, TypeError, "include_coupled is 'yes'"),
+        ({"unreached_ok": 3}, TypeError, "unreached_ok is 3"),
+        ({"ignore_outputs": 4}, TypeError, "ignore_outputs is 4, must be beginnings of paths"),
+        ({"ignore_outputs": ["[1]", 4]}, TypeError, "ignore_outputs holds 4"),
+        ({"ignore_outputs": "h"}, ValueError, r"is 'h', which no output begins with; there are: '\[0\]', "),
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing(option, error, message):
+    with pytest.raises(error, match=message):
+        find_unit_groups(hidden_is_returned(), ROWS, **option)
+
+
 def test_two_parts_of_a_layer_are_refused_for_two_reasons():
     def forward(m, x):
         h = m.a(x)

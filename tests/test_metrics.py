@@ -252,7 +252,8 @@ def test_a_measurement_that_is_due_is_in_nobodys_way(everything):
     twin(torch.zeros(3, 2, 4, 4))
     cbp_fast.explain(model, torch.zeros(3, 2, 4, 4))
     seen = [h for _, h in monitor._seen.values()]
-    assert seen and all(len(h) == 5 and h.any() for h in seen)
+    assert len(seen) == len(groups)
+    assert all(len(h) == 5 and h.any() for h in seen)
     cbp.refresh()
     assert cbp.groups == groups
     train(model, optimizer, monitor, 3)
