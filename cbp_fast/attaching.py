@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .continual_backprop import ContinualBackprop
 
 # what is attached, in the order of attaching
-_attached: weakref.WeakValueDictionary[int, ContinualBackprop] = weakref.WeakValueDictionary()
+_attached: list[weakref.ref[ContinualBackprop]] = []
 # optimizers that were looked at since the last change of what is attached, by their ids
 _looked_at: dict[int, weakref.ref[Optimizer]] = {}
 
@@ -184,13 +184,14 @@ def attached(model: nn.Module) -> list[ContinualBackprop]:
 
 def everyone() -> list[ContinualBackprop]:
     """All objects that are attached to a model."""
-    return [cbp for _, cbp in sorted(_attached.items())]
+    # of a copy: a garbage collection may come at any time, and what it ends is taken from the list
+    return [cbp for ref in list(_attached) if (cbp := ref()) is not None]
 
 
 def enlist(cbp: ContinualBackprop) -> None:
     """From now on `attached` finds the object, and it is told what happens to its model behind its back."""
-    if cbp not in _attached.values():
-        _attached[max(_attached, default=0) + 1] = cbp
+    if all(other is not cbp for other in everyone()):
+        _attached.append(weakref.ref(cbp))
         weakref.finalize(cbp, _look_away).atexit = False
     _looked_at.clear()
     # torch's hooks for all optimizers and modules, while anything is attached
@@ -201,15 +202,15 @@ def enlist(cbp: ContinualBackprop) -> None:
 
 def strike(cbp: ContinualBackprop) -> None:
     """The opposite."""
-    for number in [number for number, other in _attached.items() if other is cbp]:
-        del _attached[number]
+    _attached[:] = [ref for ref in list(_attached) if ref() is not cbp]
     _looked_at.clear()
     _look_away()
 
 
 def _look_away() -> None:
     # a hook that goes while torch loops over the hooks breaks the loop; the next one that is struck takes it off
-    if not any(True for _ in _attached.values()) and not inside_step():
+    _attached[:] = [ref for ref in list(_attached) if ref() is not None]
+    if not _attached and not inside_step():
         for hooks, _, hook in _WATCHING:
             for key in [key for key, other in hooks.items() if other is hook]:
                 del hooks[key]
@@ -225,7 +226,7 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after_registration(module: nn.Module, name: str, value: Any) -> None:
-    for cbp in _attached.values():
+    for cbp in everyone():
         cbp._registered(module, name, value)
 
 

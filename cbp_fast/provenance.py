@@ -363,6 +363,9 @@ class Trace(Preserving):
         if shadow is None:
             # made by a kernel that is called past the dispatcher
             return self._hidden().expand(tensor.shape)
+        if shadow.elements != tensor.untyped_storage().nbytes() // shadow.itemsize:
+            # resized by a kernel that is called past the dispatcher
+            return self._hidden().expand(tensor.shape)
         if shadow.itemsize != tensor.element_size():
             self.refuse(shadow.ids, f"{self._why} reinterprets its bytes")
             return torch.tensor(DATA, device="cpu").expand(tensor.shape)

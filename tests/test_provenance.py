@@ -220,6 +220,18 @@ def test_memory_that_no_operation_has_written_may_hold_anything():
     assert [g.name for g in find_unit_groups(net(written, **layers((6, 6), (6, 3), (6, 3))), X)] == ["a"]
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_memory_that_a_kernel_resizes_unseen_may_hold_anything():
+    def forward(m, x):
+        h = torch.tanh(m.a(x))
+        with torch.no_grad():
+            out = h[0].clone()
+            torch.addbmm(out[:1], torch.ones(2, 5, 3), torch.ones(2, 3, 8), out=out)
+        return m.b(h) + out.sum()
+
+    assert find_unit_groups(net(forward, **layers((6, 6), (6, 3))), X) == []
+
+
 def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
     """Of few ids Python makes the nodes, of many operations on tensors: the same sets, bare parts and mixes."""
     tables = []
