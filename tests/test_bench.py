@@ -415,7 +415,7 @@ def test_the_picture_of_shares_takes_the_best_allocator(tmp_path):
 
 @pytest.mark.slow
 # the compiler's own import
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_what_the_benchmark_for_gpus_compares_runs(monkeypatch):
     """In Triton's interpreter, with the clock taken out: a GPU is not there, and what nobody runs would rot."""
     path = Path(__file__).parent.parent / "benchmarks" / "gpu.py"

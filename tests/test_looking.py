@@ -718,7 +718,7 @@ def test_what_is_dead_after_the_forward_is_no_output():
 # what fails is said truly
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_scripted_submodules_are_left_out_alone():
     class Half(nn.Module):
         def __init__(self):

@@ -506,7 +506,7 @@ def test_layers_are_the_same_wherever_they_are_made(made_in):
 
 
 # what torch.jit.trace says of itself
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_what_is_exported_or_traced_has_nothing_of_it_and_observes_nothing():
     model, x = two_layers(replacement_rate=0.0), torch.randn(5, 4)
     program = torch.export.export(model, (x,))
@@ -519,7 +519,7 @@ def test_what_is_exported_or_traced_has_nothing_of_it_and_observes_nothing():
 
 
 # the compiler's own import
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_an_optimizer_step_may_be_compiled():
     model = two_layers(replacement_rate=0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
