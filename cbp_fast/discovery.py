@@ -71,14 +71,14 @@ class _Candidate:
     """Units that the same layers make and read.
 
     Attributes:
-        layers: names of the modules that make them, and how many units of each.
+        layers: names of the modules that make them, and the first and last unit of each.
         reason: why they make no unit group; empty if they do.
         group: the unit group, if it can be written as one.
         coupled: whether readers see different sums of them.
         notes: what a user should know.
     """
 
-    layers: list[tuple[str, str]]
+    layers: list[tuple[str, tuple[int, int]]]
     reason: str = ""
     group: UnitGroup | None = None
     resolved: ResolvedGroup | None = None
@@ -602,7 +602,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
         role, key = facts.entries.layers[i]
         places[role].append((key, rows[2, rows[1] == i].reshape(n, -1)))
     makes = sorted(places["make"], key=lambda place: place[0][2])
-    layers = [(trace.owners[key[0]][0], f"{int(at.min())}-{int(at.max())}") for key, at in makes + places["pass"]]
+    layers = [(trace.owners[key[0]][0], (int(at.min()), int(at.max()))) for key, at in makes + places["pass"]]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
     candidate.notes = [note for note, roots in facts.notes.items() if bool(roots[heads].any())]
     touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))
@@ -779,17 +779,28 @@ def _widths(module: nn.Module) -> Iterator[int]:
             yield from parameter.shape
 
 
+def _spans(rows: Sequence[tuple[int, int]]) -> str:
+    """First and last units of several parts, where they adjoin as one."""
+    spans: list[tuple[int, int]] = []
+    for first, last in sorted(rows):
+        if spans and first <= spans[-1][1] + 1:
+            spans[-1] = spans[-1][0], max(last, spans[-1][1])
+        else:
+            spans.append((first, last))
+    return ", ".join(f"{first}-{last}" for first, last in spans)
+
+
 def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) -> dict[str, str]:
     """By its label, why each layer makes no unit group, or which of its units do not."""
     modules = dict(model.named_modules())
-    reasons: dict[str, dict[str, str]] = defaultdict(dict)
+    reasons: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     taken = {name for candidate in candidates if not candidate.reason for name, _ in candidate.layers}
     for candidate in candidates:
         for name, rows in candidate.layers if candidate.reason else ():
-            reasons[name].setdefault(candidate.reason, rows)
+            reasons[name][candidate.reason].append(rows)
     left: dict[str, str] = {}
     for name, why in reasons.items():
-        parts = [f"units {rows}: {reason}" for reason, rows in why.items()]
+        parts = [f"units {_spans(rows)}: {reason}" for reason, rows in why.items()]
         left[label(name, modules[name])] = next(iter(why)) if len(why) == 1 and name not in taken else "; ".join(parts)
     for name, module in modules.items():
         if name in reasons or name in taken:

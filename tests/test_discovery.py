@@ -863,6 +863,17 @@ def test_options_that_mean_nothing(option, error, message):
         find_unit_groups(hidden_is_returned(), ROWS, **option)
 
 
+def test_all_units_that_are_left_out_are_told():
+    def forward(m, x):
+        q, k, v = (t.view(3, 2, 4).transpose(0, 1) for t in m.qkv(x).chunk(3, -1))
+        attended = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return m.out(attended.transpose(0, 1).reshape(3, 8))
+
+    model = Net(forward, qkv=nn.Linear(5, 24), out=nn.Linear(8, 3))
+    assert "'qkv' (Linear)  units 0-15: its features are mixed by bmm" in explain(model, ROWS[:3])
+    assert discovery._spans([(8, 9), (0, 3), (4, 5), (2, 3)]) == "0-5, 8-9"
+
+
 def test_two_parts_of_a_layer_are_refused_for_two_reasons():
     def forward(m, x):
         h = m.a(x)
