@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -187,12 +188,12 @@ class Monitor:
         if not isinstance(cbp, ContinualBackprop):
             raise TypeError(f"cbp is a {type(cbp).__name__}, must be a ContinualBackprop attached to the model")
         for name, value in (("every", every), ("samples", samples)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"Monitor: {name} is {value!r}, must be a positive integer")
         if not tau >= 0:
             raise ValueError(f"Monitor: tau is {tau}, must be 0 or more")
         self.history: list[dict[str, Any]] = []
-        self._cbp, self._every, self._tau, self._samples, self._writer = cbp, every, tau, samples, writer
+        self._cbp, self._every, self._tau, self._samples, self._writer = cbp, int(every), tau, int(samples), writer
         self._steps = 0
         self._modules: list[nn.Module] = []
         self._seen: dict[int, tuple[Slot, Tensor]] = {}

@@ -213,7 +213,7 @@ def test_a_monitor_counts_ages_utilities_and_replaced_units():
 
 def test_a_monitor_looks_at_an_even_share_of_the_samples():
     model, optimizer, cbp = attached()
-    monitor = Monitor(cbp, every=1, samples=4)
+    monitor = Monitor(cbp, every=np.int64(1), samples=np.int32(4))
     optimizer.param_groups[0]["lr"] = 0.0
     cbp.replacement_rate = 0.0
     x = train(model, optimizer, monitor, 1, batch=10)
