@@ -1039,7 +1039,9 @@ class Trace(Preserving):
         return after
 
     def _along(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
-        """The union along some axes, at each place of them."""
+        """The union along some axes, at each place of them; one number has none."""
+        if not ids.dim():
+            return ids
         kept = [axis for axis in range(ids.dim()) if axis not in axes]
         merged = self.nodes.merge(ids.permute(kept + list(axes)).flatten(len(kept)), self._why)
         return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]).expand(ids.shape)

@@ -201,6 +201,15 @@ def test_one_number_can_be_reduced(reduce):
     assert [g.name for g in find_unit_groups(model, X)] == ["a"]
 
 
+def test_one_number_can_be_chosen_by_data():
+    def forward(m, x):
+        by_data = (x.sum() > 1e9).long()
+        chosen = x.sum().gather(0, by_data) + x.sum().index_select(0, by_data) + x.sum().scatter(0, by_data, 2.0)
+        return m.b(torch.tanh(m.a(x)) * chosen.sum())
+
+    assert [g.name for g in find_unit_groups(net(forward, **layers((6, 6), (6, 3))), X)] == ["a"]
+
+
 def test_memory_that_no_operation_has_written_may_hold_anything():
     """A kernel that is called by an address writes to what was made for it."""
 
