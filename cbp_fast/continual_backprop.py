@@ -124,7 +124,8 @@ class _Asked(NamedTuple):
 
     def check_given(self) -> None:
         """Raises ValueError for options of finding groups, where groups are given."""
-        options = [name for name, value in self.finding().items() if value is not False and value != ()]
+        # a beginning of all outputs is empty
+        options = [name for name, value in self.finding().items() if value or value == ""]
         if options:
             names = ", ".join(options)
             raise ValueError(

@@ -81,7 +81,7 @@ class Rule:
         one_of("accrual", ("eligible", "all"))
         for option in ("accumulate", "transfer_bias", "reset_optimizer"):
             one_of(option, (False, True))
-        if self.act not in ("linear", "swish") and not hasattr(torch.nn.functional, self.act):
+        if self.act != "swish" and not hasattr(torch.nn.functional, str(self.act)):
             raise ValueError(
                 f"Rule: act is {self.act!r}, must be an activation function as torch.nn.functional names it, as 'relu'"
             )

@@ -79,9 +79,8 @@ class UnitGroup:
             raise TypeError(f"UnitGroup: name is {self.name!r}, must be a string")
         for role in ("incoming", "outgoing", "norms"):
             layers = getattr(self, role)
-            if not isinstance(layers, (str, nn.Module, Part, Sequence)):
-                kinds = "names, modules or Parts"
-                raise TypeError(f"UnitGroup: {role} is a {type(layers).__name__}, must be layers: {kinds}")
+            if not isinstance(layers, (nn.Module, Part, Iterable)):
+                raise TypeError(f"UnitGroup: {role} is {layers!r}, must be layers: names, modules or Parts")
             # a lone name would fall apart into its letters
             layers = (layers,) if isinstance(layers, (str, nn.Module, Part)) else tuple(layers)
             object.__setattr__(self, role, layers)

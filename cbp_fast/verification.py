@@ -34,9 +34,9 @@ from .running import (
 from .snapshot import Snapshot, tensors_in
 from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes, strings
 
-# rounds of forwards at least; for a model that draws random numbers; for one whose operations were seen to differ; a
-# group of N units has as many as N has binary digits
-_ROUNDS, _DRAWN, _BRANCHING = 4, 8, 16
+# rounds of forwards at least, also for a model that draws random numbers; a group of N units has as many as N has
+# binary digits
+_ROUNDS, _DRAWN = 4, 16
 # rounds more for units that could not be seen in the first ones
 _MORE = 8
 # so many random numbers, a prime, are repeated where more are needed
@@ -144,7 +144,6 @@ class _Check:
         shown: whether rows of units moved the output anywhere.
         varied: whether the model ran on other inputs, or has none.
         drawn: whether it draws random numbers.
-        paths: hashes of the operations of all its runs.
         steady: whether it does the same again from one random state.
         failure: what was found wrong.
         error: what the model raised last.
@@ -166,7 +165,6 @@ class _Check:
         self.modules = [m.module for m in (*group.incoming, *group.outgoing, *group.norms)]
         self.world = False, False
         self.shown = self.varied = self.drawn = False
-        self.paths: set[int] = set()
         self.steady = True
         self.failure = ""
         self.error: Exception | None = None
@@ -180,11 +178,9 @@ class _Check:
                 todo.append(units)
                 more -= 1
             number += 1
-            # other units that are not dropped, and other paths
             if number == 1 and self.drawn:
+                # other paths, and other units that are not dropped
                 todo += self._subsets(_DRAWN - _ROUNDS)
-            if number == _DRAWN and self.drawn and len(self.paths) > 1:
-                todo += self._subsets(_BRANCHING - _DRAWN)
         unshown = ""
         if not self.shown:
             unshown = "the output does not depend on its units"
@@ -318,7 +314,6 @@ class _Check:
                     with self._hooked(watch, units, seen), watch, _Uncoupled(), torch.enable_grad():
                         output = run(self.model)
                     self.drawn |= _random_states() != before
-                    self.paths.add(hash(tuple(watch.path)))
                     seen.outputs += self._outputs(output, watch, snapshot)
                 finally:
                     watch.restore()
