@@ -138,3 +138,15 @@ def test_clarena_draws_from_the_unit_interval(convolution):
 @pytest.mark.parametrize(("init", "distribution"), [("kaiming", "uniform"), ("lecun", "uniform"), ("normal", "normal")])
 def test_distribution(init, distribution):
     assert Rule.nature(init=init).distribution == distribution
+
+
+@pytest.mark.parametrize("act", ["rleu", 3, None])
+def test_an_activation_function_is_one(act):
+    with pytest.raises(ValueError, match=r"act is .*, must be an activation function"):
+        Rule.nature(act=act)
+
+
+@pytest.mark.parametrize("option", ["accumulate", "transfer_bias", "reset_optimizer"])
+def test_a_flag_is_true_or_false(option):
+    with pytest.raises(ValueError, match=f"{option} is 'no', must be one of False, True"):
+        Rule.gnt(**{option: "no"})

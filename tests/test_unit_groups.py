@@ -321,3 +321,11 @@ def test_neighbours_in_one_memory_are_not_tied(device):
         if device != "fake":
             assert resolve(model, UnitGroup("g", "0", "1", "2")).num_units == 6
         assert overlap(wide[:, :6], wide[:, 5:])
+
+
+def test_a_group_is_a_name_and_layers():
+    with pytest.raises(TypeError, match="name is 3, must be a string"):
+        UnitGroup(3, "a", "b")
+    with pytest.raises(TypeError, match="outgoing is 5, must be layers"):
+        UnitGroup("g", "a", 5)
+    assert UnitGroup("g", (name for name in "ab"), "c").incoming == ("a", "b")
