@@ -613,21 +613,18 @@ class ContinualBackprop(Rates, Joinable):
             self._unheard += 1
             if self._unheard < _FORGOTTEN:
                 return False
-        self._told = True
-        if not self._steppers:
-            warnings.warn(
-                f"an optimizer ({type(optimizer).__name__}) has stepped {_FORGOTTEN} times over units of continual "
-                "backprop, which was given no optimizer and whose step() was not called: it does nothing. Call "
-                "refresh(optimizer=...), or step() after each update, or remove()",
-                stacklevel=5,
+            what = (
+                f"has stepped {_FORGOTTEN} times over units of continual backprop, which was given no optimizer and "
+                "whose step() was not called: it does nothing. Call refresh(optimizer=...), or step() after each update"
             )
-            return True
-        warnings.warn(
-            f"an optimizer ({type(optimizer).__name__}) that was not given to continual backprop trains its units; its "
-            "steps are not followed, nor is its state reset. Call refresh(optimizer=...) with all that train the model "
-            "(cbp_fast.attached(model) finds the object), or remove()",
-            stacklevel=5,
-        )
+        else:
+            what = (
+                "that was not given to continual backprop trains its units; its steps are not followed, nor is its "
+                "state reset. Call refresh(optimizer=...) with all that train the model (cbp_fast.attached(model) "
+                "finds the object)"
+            )
+        self._told = True
+        warnings.warn(f"an optimizer ({type(optimizer).__name__}) {what}, or remove()", stacklevel=5)
         return True
 
     def _followed(self) -> set[nn.Module]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .dtensors import Place, is_dtensor, place_of
-from .unit_groups import Member, ResolvedGroup, out_axis, read_width
+from .unit_groups import Member, ResolvedGroup, inside, out_axis, read_width
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -88,13 +88,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise ValueError(
             "FullyShardedDataParallel keeps parameters in a flat one; use torch.distributed.fsdp.fully_shard"
         )
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    return inside(model)
 
 
 def join_processes(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state as _tracing
 from torch.compiler import is_compiling
 
 from .attaching import Hook, hang, take_off
@@ -137,7 +138,7 @@ class _Watcher(Hook):
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         monitor, slot = self.monitor, self.slot
-        if monitor is not None and module.training and is_observed() and not is_compiling():
+        if monitor is not None and module.training and is_observed() and not is_compiling() and not _tracing():
             h = columns_of(args[0] if args else kwargs["input"], slot).flatten(0, 1)
             # a copy: what follows may change it in place
             monitor._seen[slot.group] = slot, h[:: -(-len(h) // monitor._samples)].clone()

@@ -8,7 +8,6 @@ the unit's alone, is told from this.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -30,17 +29,12 @@ def scramble(ids: Tensor) -> Tensor:
     return ids ^ (ids >> 32)
 
 
-def _signed(number: int) -> int:
-    """As an int64 wraps."""
-    return ((number + 2**63) & (2**64 - 1)) - 2**63
+class _Leaf(NamedTuple):
+    """What Python knows of a leaf."""
 
-
-@functools.cache
-def _scrambled(number: int) -> int:
-    """`scramble` of one."""
-    number = _signed(number * -7046029254386353131)
-    number = _signed((number ^ (number >> 29)) * -4658895280553007687)
-    return number ^ (number >> 32)
+    hash: int  # as of `scramble`
+    bare: bool  # whether it is a unit or a mix
+    source: int  # of a unit, else 0
 
 
 def narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
@@ -111,9 +105,9 @@ class Nodes:
         self._joins: dict[int, int] = {}
         self._sets: dict[int, int] = {}
         self._mix_of: dict[int, int] = {}
-        # for Python, of nodes that it was asked for: leaves of a small set, or None; whether a leaf is bare; its source
+        # of nodes that Python was asked for: the leaves of a small set, or None; and what a leaf is
         self._small: dict[int, tuple[int, ...] | None] = {}
-        self._about: dict[int, tuple[bool, int]] = {}
+        self._about: dict[int, _Leaf] = {}
         self._add(1)
         for _ in range(RANDOM):
             self._leaf(Source("", None, self.size, 1))
@@ -253,19 +247,21 @@ class Nodes:
             self._small[node] = tuple(self._leaves[first:end].tolist()) if end > first else None
         return self._small[node]
 
-    def _about_leaf(self, leaf: int) -> tuple[bool, int]:
-        """Whether a leaf is a unit or a mix, and the source of a unit, or 0."""
+    def _about_leaf(self, leaf: int) -> _Leaf:
         if leaf not in self._about:
             bare, origin = self._table[2:4, leaf].tolist()
-            self._about[leaf] = bare == leaf, origin if bare == leaf and origin > 0 else 0
+            number = int(scramble(torch.tensor(leaf, device="cpu")))
+            self._about[leaf] = _Leaf(number, bare == leaf, origin if bare == leaf and origin > 0 else 0)
         return self._about[leaf]
 
     def _set_of(self, leaves: tuple[int, ...], new: list[tuple[tuple[int, ...], int]]) -> int:
         """The node of a small set, given by its sorted leaves, and 0 of an empty one; `new` ones with what is bare."""
-        key = _signed(sum(map(_scrambled, leaves)))
+        total = sum(self._about_leaf(leaf).hash for leaf in leaves)
+        # as an int64 wraps
+        key = ((total + 2**63) & (2**64 - 1)) - 2**63
         if not leaves or key in self._sets:
             return self._sets[key] if leaves else 0
-        bare = tuple(leaf for leaf in leaves if self._about_leaf(leaf)[0])
+        bare = tuple(leaf for leaf in leaves if self._about_leaf(leaf).bare)
         below = self._set_of(bare, new) if len(bare) < len(leaves) else -1
         node = self.size + len(new)
         new.append((leaves, node if below < 0 else below))
@@ -378,7 +374,7 @@ class Nodes:
             leaves = self.leaves(torch.tensor([node], device="cpu"))[1].tolist() if small is None else small
             own: dict[int, set[int]] = {}
             for leaf in leaves:
-                own.setdefault(self._about_leaf(leaf)[1], set()).add(leaf)
+                own.setdefault(self._about_leaf(leaf).source, set()).add(leaf)
             for source, units in own.items():
                 if source:
                     together.setdefault(source, set()).update(units)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .dtensors import is_dtensor
 from .engine import unobserved
 from .snapshot import Snapshot, is_array, tensors_in
-from .unit_groups import LAYERS, kind, label, read_width, spatial_axes
+from .unit_groups import LAYERS, inside, kind, label, read_width, spatial_axes
 
 Forward = Callable[[nn.Module], Any]
 
@@ -42,15 +42,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise ValueError("DataParallel wraps the model: pass the model itself, model.module")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    model = inside(model)
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel wraps the model: pass the model itself, model.module")
     for name, module in model.named_modules():
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
             raise ValueError(f"{label(name, module)} is lazy and has no weight yet: run the model once")

@@ -235,6 +235,17 @@ def strings(option: str, given: Any, what: str) -> tuple[str, ...]:
     return several
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and DistributedDataParallel."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def check_model(model: nn.Module) -> None:
     """Checks that a model is a module, and not wrapped."""
     if not isinstance(model, nn.Module):
