@@ -25,6 +25,8 @@ from .optimizer_state import inside_step
 if TYPE_CHECKING:
     from .continual_backprop import ContinualBackprop
 
+# steps of optimizers after which what has done nothing so far is taken to be forgotten
+FORGOTTEN = 100
 # what is attached, in the order of attaching
 _attached: list[weakref.ref[ContinualBackprop]] = []
 # optimizers that were looked at since the last change of what is attached, by their ids

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from . import modules
 from .attaching import (
+    FORGOTTEN,
     Hook,
     check_runs_hooks,
     enlist,
-    everyone,
     forget_compiled,
     hang,
     is_optimizer,
@@ -49,7 +49,7 @@ from .engine import (
 )
 from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
-from .running import Given, is_function
+from .running import Given
 from .unit_groups import (
     Part,
     ResolvedGroup,
@@ -57,13 +57,9 @@ from .unit_groups import (
     check_disjoint,
     own_tensors,
     resolve,
-    shared_layer,
     shared_memory,
     strings,
 )
-
-# steps of an optimizer over units of an object without one, after which its step() is taken to be forgotten
-_FORGOTTEN = 100
 
 
 class _Nobody:
@@ -373,6 +369,9 @@ class ContinualBackprop(Rates, Joinable):
                     new |= self._attach(resolved, before)
                 if steppers != self._steppers:
                     new |= {"_steppers": steppers, "_optimizers": with_inner(steppers), "_round": _Round(steppers)}
+                    if not steppers:
+                        # whoever calls step() from now on may forget it
+                        new |= {"_heard": False, "_unheard": 0}
                 forget_compiled()
                 for module, hook in new["_hooks"]:
                     self._hung.append(module)
@@ -412,7 +411,6 @@ class ContinualBackprop(Rates, Joinable):
         groups = [asked.groups] if isinstance(asked.groups, UnitGroup) else asked.groups
         example_inputs = asked.example_inputs if example_inputs is None else example_inputs
         if groups is None:
-            _check_has_forward(self._model, example_inputs)
             found = find_unit_groups(self._model, example_inputs, **asked.finding())
         else:
             asked.check_given()
@@ -430,7 +428,7 @@ class ContinualBackprop(Rates, Joinable):
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {names}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
-        _check_not_attached(self._model, resolved, self)
+        modules.check_not_attached(resolved, self._engine, [*self._model.modules(), *modules.observed()])
         _check_optimizers(steppers, resolved)
         return resolved
 
@@ -481,7 +479,9 @@ class ContinualBackprop(Rates, Joinable):
 
     def _attach_in_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the groups by what a training forward is given, and observe it already; or let the next one try."""
-        self._follow(self._asked, self._steppers, Given(args, kwargs))
+        given = Given(args, kwargs)
+        if not given.empty:
+            self._follow(self._asked, self._steppers, given)
 
     def refresh(
         self,
@@ -611,10 +611,10 @@ class ContinualBackprop(Rates, Joinable):
         if not self._steppers:
             # a loop may begin to call step() late
             self._unheard += 1
-            if self._unheard < _FORGOTTEN:
+            if self._unheard < FORGOTTEN:
                 return False
             what = (
-                f"has stepped {_FORGOTTEN} times over units of continual backprop, which was given no optimizer and "
+                f"has stepped {FORGOTTEN} times over units of continual backprop, which was given no optimizer and "
                 "whose step() was not called: it does nothing. Call refresh(optimizer=...), or step() after each update"
             )
         else:
@@ -880,37 +880,6 @@ def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
                     f"rule 'clarena' re-draws column j of the preceding layer for unit j, but '{name}' has "
                     f"{inputs} inputs and group '{group.name}' has {group.num_units} units"
                 )
-
-
-def _check_not_attached(model: nn.Module, groups: list[ResolvedGroup], own: ContinualBackprop) -> None:
-    """No unit belongs to two objects: `own` is the one that is asking."""
-    call = "cbp_fast.attached(model) lists what is attached: call remove() of it first, or exclude= the group"
-    engines = {cbp._engine: call for cbp in everyone() if cbp is not own and not isinstance(cbp._engine, _Awaited)}
-    # those of the layers that do the same
-    layers = [*model.modules(), *modules.observed()]
-    engines |= {e: "take the layer out" for layer in layers if isinstance(e := getattr(layer, "_engine", None), Engine)}
-    for engine, mend in engines.items():
-        for theirs in engine.groups:
-            for group in groups:
-                if both := shared_layer(theirs, group):
-                    whose = f"group '{group.name}'" if engine.layer else f"its group '{theirs.name}'"
-                    by = engine.layer and f"by {engine.layer}, "
-                    raise ValueError(
-                        f"the model has continual backprop attached already ({by}with {both} of {whose}); {mend}"
-                    )
-
-
-def _check_has_forward(model: nn.Module, example_inputs: Any) -> None:
-    """Raises ValueError for a model that can be run only by a function, where there is none."""
-    inputs = example_inputs if isinstance(example_inputs, list) and example_inputs else [example_inputs]
-    if getattr(model.forward, "__func__", None) is not nn.Module.forward or all(map(is_function, inputs)):
-        return
-    name = type(model).__name__
-    parts = [repr(key) for key, part in model.named_children() if any(True for _ in part.parameters())]
-    raise ValueError(
-        f"{name} has no forward() to find its unit groups by; give example_inputs=lambda model: ..., a function that "
-        f"runs what the training loop calls, or attach to its parts by themselves ({', '.join(parts) or 'it has none'})"
-    )
 
 
 def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:

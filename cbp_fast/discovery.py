@@ -24,6 +24,7 @@ from .running import (
     forwards,
     guesses,
     held_by,
+    is_function,
     numpy_state,
     reseed,
     runs_plainly,
@@ -187,6 +188,7 @@ def _discover(
         if flag not in (False, True):
             raise TypeError(f"{name} is {flag!r}, must be True or False")
     ignored = strings("ignore_outputs", ignore_outputs, "beginnings of paths, such as \"['hidden']\"")
+    _check_has_forward(model, example_inputs)
     with undivided(model) as divided:
         if divided and verify:
             raise ValueError("verify=True changes whole parameters, of which each process here holds a part")
@@ -229,6 +231,19 @@ def _discover(
     taken = [candidate for candidate in candidates if not candidate.reason]
     remarks = [f"the path depends on {at}: only what was taken was seen" for at in trace.branches]
     return _Found(taken, _left_out(model, trace, candidates), remarks)
+
+
+def _check_has_forward(model: nn.Module, example_inputs: Any) -> None:
+    """Raises ValueError for a model that can be run only by a function, where there is none."""
+    inputs = example_inputs if isinstance(example_inputs, list) and example_inputs else [example_inputs]
+    if getattr(model.forward, "__func__", None) is not nn.Module.forward or all(map(is_function, inputs)):
+        return
+    name = type(model).__name__
+    parts = [repr(key) for key, part in model.named_children() if any(True for _ in part.parameters())]
+    raise ValueError(
+        f"{name} has no forward() to find its unit groups by; give example_inputs=lambda model: ..., a function that "
+        f"runs what the training loop calls, or attach to its parts by themselves ({', '.join(parts) or 'it has none'})"
+    )
 
 
 def _guess(model: nn.Module, ignored: tuple[str, ...]) -> tuple[Trace, list[_Candidate], list[Forward]]:

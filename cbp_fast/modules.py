@@ -7,8 +7,9 @@ import io
 import itertools
 import struct
 import sys
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,19 +20,23 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .attaching import FORGOTTEN, everyone
 from .distributed import several_processes
 from .dtensors import local
 from .engine import Engine, Rates, is_observed, step_together
 from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
-from .unit_groups import ResolvedGroup, UnitGroup, resolve
+from .unit_groups import ResolvedGroup, UnitGroup, resolve, shared_layer
 
-# layers that saw a forward, in the order of their first one; the optimizers that were ever seen to train each, all of
-# which keep state to reset; those that take turns; and those of them that are still to step
+# layers that were made, and copies that saw a forward; the optimizers that were ever seen to train each, all of which
+# keep state to reset; those that take turns; and those of them that are still to step
 _layers: list[weakref.ref[_CBPLayer]] = []
 _seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+# steps in a row after which a layer cannot have done its work, and the layers of which that was said
+_idle: weakref.WeakKeyDictionary[_CBPLayer, int] = weakref.WeakKeyDictionary()
+_said: weakref.WeakSet[_CBPLayer] = weakref.WeakSet()
 # what messages call a layer by, as it does not know its name in the model
 _numbers = itertools.count(1)
 # this many weights of a layer tell it from others
@@ -42,18 +47,19 @@ _this = sys.modules[__name__]
 _hook: RemovableHandle | None = None
 
 
+def observed() -> list[_CBPLayer]:
+    """All layers that saw a forward."""
+    return [layer for ref in tuple(_layers) if (layer := ref()) is not None and layer._known == id(layer)]
+
+
 def _observe(layer: _CBPLayer) -> None:
-    """Let a layer that sees its first forward take part in steps."""
+    """Let a layer take part in steps."""
     global _hook
-    _layers.append(weakref.ref(layer, _forget))
+    if all(ref() is not layer for ref in _layers):
+        _layers.append(weakref.ref(layer, _forget))
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_optimizer_step)
         watch_skips(_this)
-
-
-def observed() -> list[_CBPLayer]:
-    """All layers that take part in steps."""
-    return [layer for ref in tuple(_layers) if (layer := ref()) is not None]
 
 
 def _forget(ref: weakref.ref[_CBPLayer]) -> None:
@@ -79,11 +85,13 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if skipped(optimizer):
         _after_skipped_step(optimizer)
         return
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = _trained_by(optimizer)
     ready: list[_CBPLayer] = []
-    layers = [la for la in layers if any(id(region.ref.get()) in trained for region in la._engine.state.regions)]
-    _tell_apart(layers)
-    for layer in layers:
+    mine = [la for la in layers if any(id(region.ref.get()) in trained for region in la._engine.state.regions)]
+    others = [layer for layer in layers if layer._has_news and all(layer is not other for other in mine)]
+    amiss = [_amiss(layer, trained, False) for layer in others]
+    _tell_apart(mine)
+    for layer in mine:
         _seen.setdefault(layer, weakref.WeakSet()).add(optimizer)
         trainers = _trainers.setdefault(layer, weakref.WeakSet())
         known = optimizer in trainers
@@ -100,8 +108,79 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not len(waiting):
             _waiting[layer] = weakref.WeakSet(trainers)
             ready.append(layer)
+            amiss.append(_amiss(layer, trained, True))
     optimizers = {id(o): o for layer in ready for o in _seen[layer]}
+    for message in filter(None, amiss):
+        warnings.warn(message, stacklevel=3)
     step_together([layer._engine for layer in ready], list(optimizers.values()))
+
+
+def _trained_by(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _amiss(layer: _CBPLayer, trained: set[int], stepped: bool) -> str:
+    """What a step of an optimizer should not pass over in silence; said once.
+
+    Args:
+        trained: what the optimizer trains.
+        stepped: whether the layer steps with it; else the optimizer trains none of its weights.
+    """
+    layer.__dict__["_has_news"] = False
+    why = "no optimizer trained its layers"
+    if stepped:
+        group = layer._engine.groups[0]
+        weights = {f"{m.name}.weight": cast(Tensor, m.module.weight) for m in (*group.incoming, *group.outgoing)}
+        trainers = _trainers[layer]
+        alone = len(trainers) == 1
+        held = trained if alone else set().union(*map(_trained_by, trainers))
+        # of several, each may let go of the gradients that it is done with
+        idle = [name for name, w in weights.items() if id(w) not in held or (alone and w.grad is None)]
+        if not idle and layer._known:
+            _idle.pop(layer, None)
+            return ""
+        why = f"no optimizer trained its {idle[0]}" if idle else ""
+    # without reason it was never called
+    _idle[layer] = _idle.get(layer, 0) + 1 if why else FORGOTTEN
+    if _idle[layer] < FORGOTTEN or layer in _said:
+        return ""
+    _said.add(layer)
+    if not why:
+        return (
+            f"{layer._engine.layer} saw no training forward before an optimizer trained its layers, and does nothing; "
+            "call it in forward(), where out_layer reads the units, or take it out"
+        )
+    return (
+        f"{layer._engine.layer}: in the last {FORGOTTEN} optimizer steps {why}; was a layer replaced, or frozen? Make "
+        "this one anew from those that are trained, or take it out"
+    )
+
+
+def check_not_attached(groups: Iterable[ResolvedGroup], own: Any, modules: Iterable[nn.Module]) -> None:
+    """No unit belongs to two of what is attached, layers or objects.
+
+    Args:
+        groups: the units that are asked for.
+        own: the engine that asks.
+        modules: where to look for layers.
+
+    Raises:
+        ValueError: one does.
+    """
+    call = "cbp_fast.attached(model) lists what is attached: call remove() of it first, or exclude= the group"
+    engines = {cbp._engine: call for cbp in everyone()}
+    engines |= {layer._engine: "take the layer out" for layer in modules if isinstance(layer, _CBPLayer)}
+    for engine, mend in engines.items():
+        if engine is own or not isinstance(engine, Engine):
+            continue
+        for theirs in engine.groups:
+            for group in groups:
+                if both := shared_layer(theirs, group):
+                    whose = f"group '{group.name}'" if engine.layer else f"its group '{theirs.name}'"
+                    by = engine.layer and f"by {engine.layer}, "
+                    raise ValueError(
+                        f"the model has continual backprop attached already ({by}with {both} of {whose}); {mend}"
+                    )
 
 
 def _tell_apart(layers: list[_CBPLayer]) -> None:
@@ -138,7 +217,7 @@ def _seed_of(layers: Mapping[str, nn.Module | None]) -> int:
 
 def _after_skipped_step(optimizer: Optimizer) -> None:
     """What layers saw counts for nothing if the only optimizer that trains them made no update of it."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = _trained_by(optimizer)
     for layer in [layer for ref in tuple(_layers) if (layer := ref()) is not None]:
         alone = all(other is optimizer for other in _trainers.get(layer, ()))
         if alone and any(id(region.ref.get()) in trained for region in layer._engine.state.regions):
@@ -148,6 +227,8 @@ def _after_skipped_step(optimizer: Optimizer) -> None:
 class _CBPLayer(Rates, nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
+    # whether it saw a forward since an optimizer that it follows stepped, or one that trains none of its weights
+    _has_news = False
     # whether its seed may change in its first step; not that of a layer from a file without the word
     _may_reseed = False
     # what in_layer and out_layer may be
@@ -197,6 +278,7 @@ class _CBPLayer(Rates, nn.Module):
             label,
         )
         self._known = 0
+        _observe(self)
 
     @property
     def in_layer(self) -> nn.Module:
@@ -246,6 +328,8 @@ class _CBPLayer(Rates, nn.Module):
             engine = self._engine if is_compiling() else self._current()
             flattened = engine.state.slots[0].spatial == 0 and engine.state.layouts[0].columns_per_unit > 1
             engine.record(0, x.flatten(1) if flattened else x)
+            # as an attribute of a module it would take longer
+            self.__dict__["_has_news"] = True
         return x
 
     def _join(self) -> None:
@@ -258,6 +342,8 @@ class _CBPLayer(Rates, nn.Module):
         # nothing is made anew in a graph
         self._current()
         if self._known != id(self):
+            # one that was replaced may be there still, and is called no more
+            check_not_attached(self._engine.groups, self._engine, [la for la in observed() if la._has_news])
             self._known = id(self)
             _observe(self)
 
@@ -276,11 +362,21 @@ class _CBPLayer(Rates, nn.Module):
         return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
-        """Take them from a model's `state_dict`."""
+        """Take them from a model's `state_dict`.
+
+        Raises:
+            ValueError: it is none of such a layer, or of another rule or number of units. Nothing has changed then.
+        """
         # saved by an earlier version, it is no tensor
         if isinstance(state, Tensor):
-            file = io.BytesIO(bytes(state.to("cpu", torch.uint8).tolist()))
-            loaded = _with_integers(torch.load(file, map_location="cpu", weights_only=True))
+            try:
+                file = io.BytesIO(bytes(state.to("cpu", torch.uint8).flatten().tolist()))
+                loaded = _with_integers(torch.load(file, map_location="cpu", weights_only=True))
+            except Exception as error:  # whatever reads bytes that are no file may raise
+                raise ValueError(
+                    f"{self._engine.layer}: its state (_extra_state in the state_dict) is not what such a layer saved: "
+                    f"{type(state).__name__} of {state.dtype}, shape {tuple(state.shape)}"
+                ) from error
         else:
             loaded = state
         engine = self._current()

@@ -54,7 +54,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def forwards(example_inputs: Any) -> list[Forward]:
     """Functions that run a model: one for each of the example inputs, which are a list where there are several."""
     several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
-    return [inputs if is_function(inputs) else _call(inputs) for inputs in several]
+    runs = [inputs if is_function(inputs) else _call(inputs) for inputs in several]
+    if any(isinstance(run, Given) and run.empty for run in runs):
+        raise ValueError("the example_inputs are empty, and show nothing; a batch of two samples is enough")
+    return runs
 
 
 def is_function(inputs: Any) -> bool:
@@ -78,12 +81,14 @@ class Given:
 
     Attributes:
         samples: length of the first axis that the tensors have in common; 0 where they may not be cut there.
+        empty: whether there are tensors, and no element in any of them.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+        self.empty = bool(tensors) and not any(t.numel() for t in tensors)
         self.samples = len(tensors[0]) if tensors and all(_is_plain(t) for t in tensors) else 0
         for leaf in leaves:
             # what counts rows of another tensor would point beyond its end; what others hold is not cut

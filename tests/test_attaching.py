@@ -319,6 +319,18 @@ def test_an_optimizer_that_was_forgotten_is_said_once():
     cbp = ContinualBackprop(model)
     assert train(cbp, cbp.step) == []
     assert train(cbp, lambda: None) == []
+    # when step() was called by the optimizer so far, which is followed no more
+    cbp.refresh(optimizer=[])
+    assert train(cbp, cbp.step) == []
+    cbp.refresh(optimizer=[])
+    assert train(cbp, lambda: None) == []
+    cbp.remove()
+    optimizer = sgd(model)
+    cbp = ContinualBackprop(model, optimizer)
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    cbp.refresh(optimizer=[])
+    assert len(train(cbp, lambda: None)) == 1
     cbp.remove()
     cbp = ContinualBackprop(model)
     cbp.enabled = False
@@ -349,11 +361,30 @@ class Agent(nn.Module):
 @pytest.mark.parametrize("inputs", [None, torch.zeros(2, 6), [torch.zeros(2, 6), lambda m: None]], ids=["", "x", "[]"])
 def test_a_model_without_forward_is_told_so_at_attach(model, parts, inputs):
     before = hooks_of(model)
-    with pytest.raises(
-        ValueError, match=rf"has no forward\(\) .*example_inputs=lambda model.* attach to its parts .*{parts}"
-    ):
-        ContinualBackprop(model, example_inputs=inputs)
+    for look in (ContinualBackprop, cbp_fast.explain, cbp_fast.find_unit_groups):
+        with pytest.raises(
+            ValueError, match=rf"has no forward\(\) .*example_inputs=lambda model.* attach to its parts .*{parts}"
+        ):
+            look(model, example_inputs=inputs)
     assert hooks_of(model) == before
+
+
+def test_an_empty_batch_shows_nothing():
+    model = mlp()
+    for empty in (torch.zeros(0, 6), {"input": torch.zeros(0, 6)}, [torch.zeros(2, 6), torch.zeros(0, 6)]):
+        for look in (ContinualBackprop, cbp_fast.explain, cbp_fast.find_unit_groups):
+            with pytest.raises(ValueError, match="example_inputs are empty"):
+                look(model, example_inputs=empty)
+    with pytest.raises(ValueError, match="example_inputs are empty"):
+        cbp_fast.verify_unit_group(model, UnitGroup("g", "0", "2"), torch.zeros(0, 6))
+    # as the first batch of a training loop it is passed over
+    model = Net()
+    optimizer = sgd(model)
+    cbp = ContinualBackprop(model, optimizer)
+    model(torch.zeros(0, 6), 1.0)
+    assert not cbp.groups
+    model(torch.zeros(2, 6), 1.0)
+    assert cbp.groups
 
 
 def test_a_model_without_forward_runs_by_a_function():
@@ -635,6 +666,7 @@ def test_a_layer_shared_by_two_models_belongs_to_one():
 
 
 def test_with_the_last_object_torchs_hooks_go():
+    gc.collect()
     for other in everyone():
         other.remove()
     modules, steps = dict(module_hooks), dict(step_hooks)

@@ -3,15 +3,17 @@
 import copy
 import gc
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cbp_fast import CBPConv, CBPLinear, ContinualBackprop, Rule
+from cbp_fast import CBPConv, CBPLinear, ContinualBackprop, Rule, UnitGroup
 
 EAGER = {"replacement_rate": 0.05, "maturity_threshold": 5}
 
@@ -160,7 +162,8 @@ def test_eval_and_no_grad_are_not_observed():
     with torch.no_grad():
         model(torch.randn(2, 3, 8, 8))
     model.eval()(torch.randn(2, 3, 8, 8)).sum().backward()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="saw no training forward"):
+        optimizer.step()
     assert not any(layer.age.any() for layer in layers(model))
 
 
@@ -216,6 +219,30 @@ def test_new_weights_have_the_bound_of_the_rule(options, bound):
     model(torch.randn(5, 5)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.0).step()
     assert 0.9 * bound < fc1.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state[: len(state) // 2],
+        lambda state: state.roll(1),
+        lambda state: state.to(torch.float64) / 3,
+        lambda state: state[:0],
+        lambda state: state[0],
+        lambda state: state.to("meta"),
+        lambda state: state.to_sparse(),
+        lambda state: 3,
+        lambda state: {"step": state},
+    ],
+    ids=["half", "rolled", "float", "empty", "scalar", "meta", "sparse", "number", "dict"],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(trained, damage):
+    model, _ = trained
+    before = model.state_dict()
+    broken = before | {"cbp2._extra_state": damage(before["cbp2._extra_state"])}
+    with pytest.raises(ValueError, match=r"_extra_state in the state_dict|state_dict"):
+        model.load_state_dict(broken)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("utility", ["contribution", "zero_contribution"])
@@ -611,7 +638,6 @@ def test_the_hook_for_all_optimizers_goes_with_the_last_layer():
     gc.collect()
     before = len(hooks)
     model = two_layers()
-    assert len(hooks) == before
     model(torch.randn(2, 4))
     assert len(hooks) == before + 1
     twin = copy.deepcopy(model)
@@ -699,6 +725,97 @@ def test_layers_of_another_kind_are_refused(make, message):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Placed(nn.Module):
+    """Two linear layers and what stands between them."""
+
+    def __init__(self, called=True):
+        super().__init__()
+        self.fc1, self.fc2, self.called = nn.Linear(4, 8), nn.Linear(8, 2), called
+        self.cbp = CBPLinear(self.fc1, self.fc2, replacement_rate=0.0)
+
+    def forward(self, x):
+        h = self.fc1(x).relu()
+        return self.fc2(self.cbp(h) if self.called else h)
+
+
+def warned(model, *optimizers, steps):
+    """Warnings of so many steps, by the number of the step; each must be where the optimizer's step was called."""
+    said = {}
+    for i in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model(torch.randn(2, 4)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for optimizer in optimizers:
+                optimizer.step()
+        assert all(w.filename == __file__ for w in caught)
+        if caught:
+            (said[i],) = (str(w.message) for w in caught)
+    return said
+
+
+def test_a_layer_that_no_forward_calls_says_so_once():
+    model = Placed(called=False)
+    assert not warned(model, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), steps=2)
+    said = warned(model, torch.optim.SGD(model.parameters()), steps=3)
+    assert list(said) == [0]
+    assert re.match(r"CBPLinear number \d+, from Linear.* saw no training forward .* call it in forward\(\)", said[0])
+
+
+@pytest.mark.parametrize("replaced", [("fc1",), ("fc2",), ("fc1", "fc2")])
+@pytest.mark.parametrize("anew", [True, False], ids=["new optimizer", "same optimizer"])
+def test_a_layer_whose_layers_were_replaced_says_so_once(replaced, anew):
+    model = Placed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert not warned(model, optimizer, steps=3)
+    for name in replaced:
+        setattr(model, name, copy.deepcopy(getattr(model, name)))
+    if anew:
+        # the old one ends
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    said = warned(model, optimizer, steps=210)
+    assert list(said) == [99]
+    assert "in the last 100 optimizer steps no optimizer trained its" in said[99]
+    if len(replaced) == 1:
+        assert {"fc1": "in_layer.weight", "fc2": "out_layer.weight"}[replaced[0]] in said[99]
+    model.cbp = CBPLinear(model.fc1, model.fc2)
+    assert not warned(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=110)
+
+
+def test_several_optimizers_and_frozen_times_are_no_reason_to_say_anything():
+    model, other = Placed(), Placed()
+    halves = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model.fc1, model.fc2)]
+    assert not warned(model, *halves, steps=110)
+    # a model that waits for its turn, as one of two adversaries
+    mine, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+    for _ in range(3):
+        assert not warned(model, mine, steps=1)
+        model(torch.randn(2, 4))
+        assert not warned(other, theirs, steps=60)
+
+
+def test_units_belong_to_one_layer():
+    model = Placed()
+    model.cbp = nn.Sequential(model.cbp, CBPLinear(model.fc1, model.fc2))
+    with pytest.raises(ValueError, match=r"attached already \(by CBPLinear .* of group 'CBPLinear'\); take the layer"):
+        model(torch.randn(2, 4))
+    # one that is called no more is in nobody's way
+    model = Placed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert not warned(model, optimizer, steps=2)
+    old, model.cbp = model.cbp, CBPLinear(model.fc1, model.fc2)
+    assert not warned(model, optimizer, steps=2)
+    assert model.cbp.age.tolist() == [2] * 8 == old.age.tolist()
+    # nor to a layer and an attached object
+    attached = Placed(called=False)
+    attached.cbp = nn.Identity()
+    ContinualBackprop(attached, groups=UnitGroup("units", "fc1", "fc2"))
+    attached.cbp, attached.called = CBPLinear(attached.fc1, attached.fc2), True
+    with pytest.raises(ValueError, match=r"attached already .* of its group 'units'\); cbp_fast.attached"):
+        attached(torch.randn(2, 4))
 
 
 def test_units_of_a_layer_are_not_attached_again():
