@@ -370,7 +370,7 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                     continue
                 before = random.getstate(), numpy_state()
                 with _disable_current_modes():
-                    trace.begin(known, everything)
+                    trace.begin(known, everything, isinstance(run, Given) and run.told)
                 try:
                     _look(model, run, trace, snapshot, ignored)
                 except Exception as error:  # the user's code may raise anything

@@ -48,7 +48,7 @@ _MOVES, _REDUCTIONS = frozenset(_MOVING.split()), frozenset(_REDUCING.split())
 # of zeros, they are not zero
 _NOT_ZERO = ("logsumexp", "all", "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm")
 _SPATIAL = re.compile(r"(?:pool|upsample_\w+?|grid_sampler_)([123])d")
-_FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill|lift")
+_FRESH = re.compile("empty|zeros|ones|full|new_|rand|arange|scalar_tensor|zero|fill$|lift")
 _DRAWS = ("bernoulli", "normal", "uniform", "exponential", "random", "cauchy", "geometric", "log_normal")
 _HIDDEN = "what was made by code that cannot be followed"
 _LIVING = (
@@ -111,10 +111,13 @@ class Exits(TorchFunctionMode):
         entry = self.trace.parameter(t)
         if entry:
             self.trace.roles[entry[0]].add(why.partition(" ")[0])
-        elif self.elsewhere:
+            return
+        ids = self.trace.ids(t)
+        self.trace.told |= ids is not None
+        if self.elsewhere:
             self.trace.open(t, why)
         elif storage_key(t) in self.trace.made:
-            self.trace.refuse(self.trace.ids(t), why)
+            self.trace.refuse(ids, why)
             if not read_only:
                 self.trace.open(t, why)
 
@@ -186,6 +189,10 @@ class _Call:
         return taken
 
 
+def _has_numbers(call: _Call) -> bool:
+    return any(type(value) in (int, float, complex) for value in call.given.values())
+
+
 class Trace(Preserving):
     """Follows units through all that runs under it.
 
@@ -207,6 +214,7 @@ class Trace(Preserving):
         random: whether a path may depend on random numbers.
         unsure: whether a tensor appeared of which it is not known whether it was there before the forward.
         statistics: whether what is summed now are statistics of a norm over features that torch takes apart.
+        told: whether Python knows numbers that came from the data: those that it gives back may be made of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -223,7 +231,7 @@ class Trace(Preserving):
         self.exits: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
         self.tied = shared_memory(own_tensors(model))
-        self.statistics = False
+        self.statistics = self.told = False
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
         self._shadows: dict[int, _Shadow] = {}
@@ -252,9 +260,9 @@ class Trace(Preserving):
         """The operation that was followed last, and the module."""
         return self._why or "its first operation"
 
-    def begin(self, known: Iterable[Tensor], everything: bool) -> None:
+    def begin(self, known: Iterable[Tensor], everything: bool, told: bool) -> None:
         """Before a forward: `known` tensors, or everything there is, it does not make."""
-        self.unsure = False
+        self.unsure, self.told = False, told
         self._knows_all = everything
         self.known = alive() if everything else set(map(storage_key, known))
         self.known |= self._constants
@@ -543,15 +551,21 @@ class Trace(Preserving):
             return [self._norm(call), *itertools.repeat(self._everything(call), len(outs) - 1)]
         if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[f"a value read by Python ({self._why})"] = None
+            truth = op != "_local_scalar_dense" or call.tensors[0][1].dtype == torch.bool
+            self.told |= not truth and self.ids(call.tensors[0][1]) is not None
         seeded = torch.Tag.nondeterministic_seeded in call.tags
         # an operation that takes nothing but the shape
         fresh = len(call.tensors) == 1 and (bool(_FRESH.match(op)) or (seeded and call.mutable and op in _DRAWS))
+        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
+        if not seeded and (fresh or not tracked) and self._is_told(call, outs):
+            for tensor in call.take():
+                self._use(op, self.parameter(tensor))
+            return [torch.tensor(DATA, device="cpu")] * len(outs)
         if fresh or (seeded and all(self.ids(t) is None for _, t in call.tensors)):
             for tensor in call.take():
                 self._use(op, self.parameter(tensor))
             # what an index of them chooses is another thing each time
             return [torch.tensor(RANDOM, device="cpu")] * len(outs) if seeded else []
-        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
         if not tracked:
             taken = call.take()
             for tensor in taken:
@@ -560,6 +574,16 @@ class Trace(Preserving):
             known = any(storage_key(t) in self._shadows for t in taken)
             return [torch.tensor(0, device="cpu")] * len(outs) if known else []
         return self._rule(call, outs, tracked)
+
+    def _is_told(self, call: _Call, outs: Sequence[Tensor]) -> bool:
+        """Whether results that no followed tensor is in may hold what Python, NumPy or others know of the data."""
+        if not outs or not (outs[0].is_floating_point() or outs[0].is_complex()):
+            return False
+        if call.op == "lift_fresh":
+            # `torch.tensor`, or memory that is not torch's own
+            return self.told or not outs[0].untyped_storage().resizable()
+        made = not call.tensors or bool(_FRESH.match(call.op)) or torch.Tag.pointwise in call.tags
+        return made and self.told and _has_numbers(call)
 
     def _use(self, op: str, entry: tuple[str, Tensor] | None) -> None:
         """A parameter that enters an operation other than those which it is for has another role."""
@@ -696,6 +720,10 @@ class Trace(Preserving):
             elif 2 in kinds:
                 units = [nodes.bare[i] if kind == 2 else i for i, kind in zip(wide, kinds, strict=True)]
                 result = torch.where(here, nodes.union(units), result)
+        if self.told and _has_numbers(call):
+            # what is not zero without its units has one of the numbers in it
+            data = torch.tensor(DATA, device="cpu")
+            result = torch.where(nodes.clean(result), result, cast(Tensor, nodes.join(result, data)))
         return result.expand(shape)
 
     def _is_zero(self, call: _Call, tensors: Sequence[Tensor], kinds: Sequence[int], zeros: Sequence[bool]) -> bool:
@@ -984,7 +1012,7 @@ class Trace(Preserving):
         ids = _on_ids(call.func, args, kwargs)
         if op == "constant_pad_nd" and call.args[2:] and call.args[2] != 0:
             filled = (ids == 0) & (nodes.bare[args[0]].any())
-            ids = torch.where(filled, ONE, ids)
+            ids = torch.where(filled, DATA if self.told else ONE, ids)
         return ids
 
     def _side_by_side(self, call: _Call, ids: list[Tensor], out: Tensor) -> Tensor:

@@ -82,12 +82,14 @@ class Given:
     Attributes:
         samples: length of the first axis that the tensors have in common; 0 where they may not be cut there.
         empty: whether there are tensors, and no element in any of them.
+        told: whether there are numbers or arrays that are no tensors.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+        self.told = any(isinstance(leaf, (float, complex)) or is_array(leaf) for leaf in leaves)
         self.empty = bool(tensors) and not any(t.numel() for t in tensors)
         self.samples = len(tensors[0]) if tensors and all(_is_plain(t) for t in tensors) else 0
         for leaf in leaves:

@@ -1119,6 +1119,116 @@ def test_units_are_followed_through_what_keeps_them_apart(name):
     assert as_rows(find_unit_groups(model, ROWS)) == FC
 
 
+# numbers of the data that come back by way of Python, alone or beside units, or as their factors
+TOLD = """
+    h + number(x)
+    h + x.mean().item()
+    number(x) - h
+    h.add(x.sum().item(), alpha=0.5)
+    h + torch.tensor(number(x))
+    h + torch.tensor([number(x)]*6)
+    h + torch.as_tensor([number(x)]*6)
+    h + torch.Tensor([number(x)]*6)
+    h + torch.FloatTensor([number(x)]*6)
+    h + h.new_tensor([number(x)]*6)
+    h + torch.full((6,), number(x))
+    h + h.new_full((6,), number(x))
+    h + torch.full_like(h, number(x))
+    h + torch.zeros(6).fill_(number(x))
+    h + torch.ones(6) * number(x)
+    h + torch.ones(6).mul_(number(x))
+    h + torch.linspace(0., number(x), 6)
+    h + torch.arange(6) * number(x)
+    h + torch.scalar_tensor(number(x))
+    h + torch.as_tensor(np.full(6, number(x), dtype=np.float32))
+    h + torch.from_numpy(x.numpy().mean(1, keepdims=True))
+    h + torch.from_numpy(np.tile(x.numpy().mean(1, keepdims=True),(1,6)))
+    h + torch.tensor(x.tolist()).mean(1, keepdim=True)
+    h + torch.tensor(np.asarray(x)).mean(1, keepdim=True)
+    torch.where(x[:, :1] > 0, h, number(x))
+    torch.where(x[:, :1] > 0, h, torch.tensor(number(x)))
+    h.masked_fill(x[:, :1] > 0, number(x))
+    h.clamp(min=number(x) + 3)
+    h.clone().index_fill_(0, torch.tensor([0]), number(x))
+    F.pad(h[:, :, None], (0, 1), value=number(x)).sum(-1)
+    torch.cat([h[:2], torch.full((2, 6), number(x))])
+    h.sigmoid() * number(x)
+    h + (h.sigmoid() * 0 + 1) * number(x)
+    torch.addcmul(h, torch.ones(6), torch.ones(6), value=number(x))
+    torch.lerp(h, torch.ones(6), number(x))
+    h.add_(number(x))
+    h + torch.eye(6)[0] * number(x)
+    h + torch.diag(torch.tensor([number(x)]*6))[0]
+    h + torch.stack([torch.tensor(number(x))]*6)
+    h + torch.complex(torch.tensor(number(x)), torch.tensor(0.)).abs()
+    h + torch.frombuffer(bytearray(np.float32(number(x)).tobytes()*6), dtype=torch.float32)
+    F.threshold(h, 0.1, number(x))
+    h ** 0 * number(x)
+    h + int(x.sum() * 100)
+    h + len(str(number(x)))
+    h.where(h > 0.1, number(x))
+    torch.full_like(h, number(x)).where(h < 0.1, h)
+    h + sum(v for r in x.tolist() for v in r)
+    h + torch.logspace(0., number(x), 6)
+    h + torch.nn.init.constant_(torch.empty(6), number(x))
+    h + torch.empty(6).copy_(torch.tensor([number(x)]*6))
+    h + torch.sparse_coo_tensor([[0]], [number(x)], (6,)).to_dense()
+    h + torch.rand(6) * 0 + number(x)
+    F.hardtanh(h, number(x) + 2, number(x) + 3)
+    h.index_put((torch.tensor([0]),), torch.tensor(number(x)))
+    h.masked_scatter(x[:, :1] > 0, torch.full((4, 6), number(x)))
+    h.scatter(1, torch.zeros(4, 1, dtype=torch.long), number(x))
+    torch.nan_to_num(h / 0, nan=number(x), posinf=number(x))
+    torch.baddbmm(torch.full((1,4,6), number(x)), h[None], torch.eye(6)[None])[0]
+    h.where(h < 0, torch.asarray([number(x)]))
+"""
+TOLD_FACTORS = """
+    h * number(x)
+    h / (number(x) + 5)
+    h * torch.tensor(number(x))
+    h * torch.full((6,), number(x))
+    F.leaky_relu(h, number(x))
+    h * torch.from_numpy(x.numpy().mean(1, keepdims=True))
+    0.5 * h * (1 + torch.erf(h / 1.4142)) * number(x)
+    F.relu6(h * number(x))
+    h + torch.tensor(0.5)
+    h + torch.full((6,), 0.5)
+    h + 0.5
+    h + 0.5 * bool((x > 0).any())
+"""
+
+
+def number(x):
+    return float(x.mean())
+
+
+def with_number(expression):
+    function = eval(f"lambda h, x: {expression}")
+    return Net(lambda m, x: m.fc2(function(m.fc1(x).relu(), x)), fc1=nn.Linear(5, 6), fc2=nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("expression", TOLD.strip().split("\n    "))
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_numbers_that_python_read_are_data(expression):
+    assert find_unit_groups(with_number(expression), ROWS) == []
+
+
+@pytest.mark.parametrize("expression", TOLD_FACTORS.strip().split("\n    "))
+def test_numbers_that_python_read_may_be_factors(expression):
+    model = with_number(expression)
+    assert as_rows(find_unit_groups(model, ROWS)) == FC
+    verify_unit_group(model, UnitGroup("g", "fc1", "fc2"), ROWS)
+
+
+@pytest.mark.parametrize("given", [lambda x: 3.5, lambda x: x.numpy()], ids=["number", "array"])
+def test_what_is_given_as_no_tensor_is_data(given):
+    body = {"fc1": nn.Linear(5, 6), "fc2": nn.Linear(6, 3)}
+    model = Net(lambda m, x, y: m.fc2(m.fc1(x).relu() + torch.as_tensor(y).mean()), **body)
+    assert find_unit_groups(model, (ROWS, given(ROWS))) == []
+    model = Net(lambda m, x, y: m.fc2(m.fc1(x).relu() * torch.as_tensor(y).mean()), **body)
+    assert as_rows(find_unit_groups(model, (ROWS, given(ROWS)))) == FC
+
+
 def test_notes_of_a_group():
     layers = {"scale": nn.Parameter(torch.ones(6)), "norm": nn.LayerNorm(6)}
     model = functional_mlp(lambda m, h: m.norm(h * m.scale) if h.isfinite().all() else h, **layers)
