@@ -190,7 +190,9 @@ class _Call:
 
 
 def _has_numbers(call: _Call) -> bool:
-    return any(type(value) in (int, float, complex) for value in call.given.values())
+    """Whether there are numbers among the arguments that someone may have computed: not the one of `1 - t`."""
+    given = call.given.values()
+    return any(type(v) in (float, complex) or (type(v) is int and abs(v) > 1) for v in given)
 
 
 class Trace(Preserving):

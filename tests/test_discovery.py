@@ -1229,6 +1229,19 @@ def test_what_is_given_as_no_tensor_is_data(given):
     assert as_rows(find_unit_groups(model, (ROWS, given(ROWS)))) == FC
 
 
+def test_the_one_of_a_gate_is_no_number_of_the_data():
+    def forward(m, x, c, *rest):
+        scale, shift = m.ada(m.time(c).relu()).chunk(2, -1)
+        return m.fc2((m.norm(m.fc1(x)) * (1 + scale) + shift).relu())
+
+    layers = {"time": nn.Linear(3, 8), "ada": nn.Linear(8, 12), "norm": nn.LayerNorm(6)}
+    model = Net(forward, fc1=nn.Linear(5, 6), **layers, fc2=nn.Linear(6, 3))
+    inputs = ROWS, torch.randn(4, 3)
+    with_number = find_unit_groups(model, (*inputs, 0.5), include_coupled=True)
+    assert with_number == find_unit_groups(model, inputs, include_coupled=True)
+    assert [group.name for group in with_number] == ["time", "ada"]
+
+
 def test_notes_of_a_group():
     layers = {"scale": nn.Parameter(torch.ones(6)), "norm": nn.LayerNorm(6)}
     model = functional_mlp(lambda m, h: m.norm(h * m.scale) if h.isfinite().all() else h, **layers)
