@@ -239,6 +239,8 @@ class Trace(Preserving):
         self._shadows: dict[int, _Shadow] = {}
         # storages that were made or resized to be written to, and that no operation seen has written to since
         self._unwritten: set[int] = set()
+        # parameters and buffers that hold data since the forward began
+        self._written: set[str] = set()
         self._kept: list[Tensor] = []
         self._stack: list[tuple[str, nn.Module]] = []
         self._why = ""
@@ -289,6 +291,7 @@ class Trace(Preserving):
         self.forget()
         self._shadows.clear()
         self._unwritten.clear()
+        self._written.clear()
         self._kept.clear()
         self._parameters = dict(self._own)
 
@@ -417,6 +420,8 @@ class Trace(Preserving):
             self.unsure |= new and not self._knows_all
             hidden = new and self._knows_all
             return (self._hidden() if hidden else torch.tensor(DATA, device="cpu")).expand(tensor.shape)
+        if entry[0] in self._written:
+            return torch.tensor(DATA, device="cpu").expand(tensor.shape)
         if not isinstance(entry[1], nn.Parameter):
             return None
         return self.nodes.source(entry[0], None, 1).reshape(()).expand(tensor.shape)
@@ -428,6 +433,8 @@ class Trace(Preserving):
         key = storage_key(tensor)
         if key in self._parameters or (key not in self.made and ids is not None):
             entry = self._entry(tensor)
+            if entry and ids is not None:
+                self._note_written(entry[0], ids)
             name = f"'{entry[0]}'" if entry else "a tensor"
             self.refuse(ids, f"{self._why} writes it to {name} that outlives the forward")
             return
@@ -465,6 +472,12 @@ class Trace(Preserving):
         place = flat.as_strided(shape, tensor.stride(), tensor.storage_offset())
         ids = torch.zeros((), dtype=torch.int64, device="cpu") if ids is None else ids
         place.copy_(ids.expand(tensor.shape)[tuple(slice(0, n) for n in shape)])
+
+    def _note_written(self, name: str, ids: Tensor) -> None:
+        """A parameter or buffer gets something else than what is made of parameters and constants."""
+        _, leaf = self.nodes.leaves(kinds_of(ids))
+        if ((leaf == DATA) | (leaf == RANDOM) | (self.nodes.bare[leaf] > 0)).any():
+            self._written.add(name)
 
     def parameter(self, tensor: Any) -> tuple[str, Tensor] | None:
         """Name and value of the parameter or buffer that a tensor is a view of."""
@@ -908,6 +921,8 @@ class Trace(Preserving):
                 call.take(key)
                 self.roles[entry[0]].add("norm")
                 of_norm.append(owner)
+                if key.startswith("running"):
+                    self._note_written(entry[0], ids)
                 continue
             repeated = self._repeated(tensor, key)
             own = self.ids(tensor)

@@ -1242,6 +1242,42 @@ def test_the_one_of_a_gate_is_no_number_of_the_data():
     assert [group.name for group in with_number] == ["time", "ada"]
 
 
+def updated(m, x):
+    with torch.no_grad():
+        return m.statistic.mul_(0.9).add_(x.mean())
+
+
+def replaced(m, x):
+    m.statistic.data = x.mean().reshape(1)
+    return m.statistic
+
+
+def normalised(m, x):
+    m.batch_norm(x)
+    return m.batch_norm.running_mean.mean()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+@pytest.mark.parametrize("store", [updated, replaced, normalised])
+def test_what_a_forward_stored_of_the_data_is_data(kind, store):
+    """Added to units it shares their columns; as a factor, or as it was before the forward, it does not matter."""
+
+    def model(join):
+        layers = {"fc1": nn.Linear(5, 6), "batch_norm": nn.BatchNorm1d(5), "fc2": nn.Linear(6, 3)}
+        net = Net(lambda m, x: m.fc2(join(m, m.fc1(x).relu(), x)), **layers)
+        if kind == "buffer":
+            net.register_buffer("statistic", torch.ones(1))
+        else:
+            net.statistic = nn.Parameter(torch.ones(1), requires_grad=False)
+        return net
+
+    assert find_unit_groups(model(lambda m, h, x: h + store(m, x)), ROWS) == []
+    for join in (lambda m, h, x: h * store(m, x), lambda m, h, x: (h + m.statistic, store(m, x))[0]):
+        net = model(join)
+        assert as_rows(find_unit_groups(net, ROWS)) == FC
+        verify_unit_group(net, UnitGroup("g", "fc1", "fc2"), ROWS)
+
+
 def test_notes_of_a_group():
     layers = {"scale": nn.Parameter(torch.ones(6)), "norm": nn.LayerNorm(6)}
     model = functional_mlp(lambda m, h: m.norm(h * m.scale) if h.isfinite().all() else h, **layers)
