@@ -611,14 +611,28 @@ class Trace(Preserving):
             if entry[1].dim() > 1:
                 self.used_by.setdefault(entry[0], self._why)
 
-    def _take_index(self, call: _Call, *names: str) -> bool:
-        """Takes arguments that say where something is; whether data is in them."""
-        tensors = [i for t in call.take(*names) if (i := self.ids(t)) is not None]
-        for ids in tensors:
+    def _take_index(self, call: _Call, *names: str) -> int:
+        """Takes arguments that say where something is; DATA or RANDOM where that is in them, or 0."""
+        by = 0
+        for tensor in call.take(*names):
+            ids = self.ids(tensor)
+            if ids is None:
+                continue
             kinds = kinds_of(ids)
             if self.nodes.bare[kinds].any():
                 self.refuse(kinds, f"{self._why} takes it for an index")
-        return bool(tensors)
+            by = by if by == DATA else RANDOM if bool((kinds == RANDOM).all()) else DATA
+        return by
+
+    def _picked(self, ids: Tensor | None, value: Tensor, by: int) -> Tensor:
+        """What an index that holds `by` picks from, or puts somewhere: it is in all that is not zero without units."""
+        ids = torch.zeros((), dtype=torch.int64, device="cpu").expand(value.shape) if ids is None else ids
+        constant = ids == 0
+        if value.device.type != "meta" and constant.any() and not (constant & (value != 0).cpu()).any():
+            clean = constant | self.nodes.clean(ids)
+        else:
+            clean = self.nodes.clean(ids)
+        return torch.where(clean, ids, cast(Tensor, self.nodes.join(ids, torch.tensor(by, device="cpu"))))
 
     def _take_ids(self, call: _Call, name: str) -> Tensor | None:
         """The ids of one argument, which enters the result."""
@@ -647,7 +661,8 @@ class Trace(Preserving):
         if spatial and x is not None and x.dim() > int(spatial[1]):
             n = int(spatial[1])
             self._use(op, self.parameter(*call.take(name)))
-            self._take_index(call, "grid")
+            if by := self._take_index(call, "grid"):
+                x = self._picked(x, first, by)
             merged = nodes.merge(x.flatten(-n), self._why)
             return [merged.reshape(merged.shape + (1,) * n)] * len(outs)
         if op == "clone" or (op == "_to_copy" and outs[0].shape == first.shape):
@@ -1003,7 +1018,7 @@ class Trace(Preserving):
         for name in names:
             for tensor in call.take(name):
                 self._use(op, self.parameter(tensor))
-        by_data = self._take_index(call, "index", "indices")
+        by = self._take_index(call, "index", "indices")
         places = [t for _, t in call.tensors if not any(t is other for n in names for other in leaves_of(call[n]))]
         if any(t.device.type == "meta" for t in places):
             for name in names:
@@ -1024,8 +1039,8 @@ class Trace(Preserving):
             return self._side_by_side(call, [ids_of(t) for t in call.args[0]], outs[0])
         args, kwargs = (call.args[:2], {}) if op == "constant_pad_nd" else (call.args, dict(call.kwargs))
         args, kwargs = tree_map(ids_of, (args, {k: v for k, v in kwargs.items() if k not in call.outs}))
-        if by_data or op == "index_put":
-            return self._move_by_index(call, args, kwargs, by_data)
+        if by or op == "index_put":
+            return self._move_by_index(call, args, kwargs, by)
         ids = _on_ids(call.func, args, kwargs)
         if op == "constant_pad_nd" and call.args[2:] and call.args[2] != 0:
             filled = (ids == 0) & (nodes.bare[args[0]].any())
@@ -1051,7 +1066,7 @@ class Trace(Preserving):
             parts.append(i.expand([size if k == axis else shape[k] for k in range(out.dim())]))
         return torch.cat(parts, axis).expand(out.shape)
 
-    def _move_by_index(self, call: _Call, args: Any, kwargs: Any, by_data: bool) -> Tensor:
+    def _move_by_index(self, call: _Call, args: Any, kwargs: Any, by: int) -> Tensor:
         """Elements that data chooses may be any along the axes that are indexed; so may be where they are put."""
         nodes, op = self.nodes, call.op
         x = args[0]
@@ -1065,11 +1080,14 @@ class Trace(Preserving):
         else:
             flat = op == "take_along_dim" and call["dim"] is None
             axes = list(range(x.dim())) if flat else [int(call["dim"]) % max(x.dim(), 1)]
-        anywhere = (lambda ids: self._along(ids, axes)) if by_data else (lambda ids: ids)
+        anywhere = (lambda ids: self._along(ids, axes)) if by else (lambda ids: ids)
+        if by:
+            x = self._picked(x, call.args[0], by)
         if op != "index_put":
             return _on_ids(call.func, (anywhere(x), *args[1:]), kwargs)
         values = args[2]
-        if by_data:
+        if by:
+            values = self._picked(values, call["values"], by)
             rest = x.dim() - len(axes)
             lead = max(values.dim() - rest, 0)
             if lead:
@@ -1078,9 +1096,8 @@ class Trace(Preserving):
         packet = torch.ops.aten.index_put.default
         after = packet(x, args[1], values.expand(values.shape), False)
         accumulates = bool((len(args) > 3 and args[3]) or kwargs.get("accumulate"))
-        if accumulates or by_data:
+        if accumulates or by:
             after = cast(Tensor, nodes.join(anywhere(x), anywhere(after)))
-            after = nodes.with_one(after) if not accumulates and by_data and (x == 0).any() else after
         return after
 
     def _along(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
@@ -1096,7 +1113,8 @@ class Trace(Preserving):
         own = self._take_ids(call, "self")
         name = "source" if call["source"] is not None else "src"
         source = self._take_ids(call, name)
-        self._take_index(call, "index")
+        if by := self._take_index(call, "index"):
+            source = self._picked(source, call[name], by)
         if source is not None and source.dim():
             axis = call["dim"]
             source = self.nodes.merge(source.movedim(axis, -1), self._why).unsqueeze(axis)

@@ -1242,6 +1242,106 @@ def test_the_one_of_a_gate_is_no_number_of_the_data():
     assert [group.name for group in with_number] == ["time", "ada"]
 
 
+# constants that data picks or puts somewhere, and units beside or without any
+PICKED = """
+    h + m.buf[i]
+    h + m.buf.index_select(0, i)
+    h + m.buf.gather(0, i[:, None].expand(4, 6))
+    h + F.embedding(i, m.buf)
+    h + m.buf.take(i)[:, None]
+    h + torch.zeros(7).index_add(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter_add(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter(0, i, 1.0)[0]
+    h + torch.zeros(7).scatter(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).index_put((i,), torch.ones(4))[0]
+    h + torch.zeros(7).index_put((i,), torch.ones(4), accumulate=True)[0]
+    h + torch.zeros(7).index_fill(0, i, 1.0)[0]
+    h + torch.zeros(7).index_copy(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter_reduce(0, i, torch.ones(4), 'sum')[0]
+    h + torch.zeros(7).index_reduce(0, i, torch.ones(4), 'mean')[0]
+    h + torch.bincount(i, minlength=7)[0]
+    h + torch.where(i > 2, 1.0, 0.0)[:, None]
+    h + torch.zeros(4).masked_fill(i > 2, 1.0)[:, None]
+    h + (i > 2).float()[:, None]
+    h + torch.zeros(4).masked_scatter(i > 2, torch.ones(4))[:, None]
+    h + torch.take_along_dim(m.buf, i[:, None].expand(4, 6), 0)
+    h + torch.ones(7).put(i, torch.zeros(4))[0]
+    h + torch.bucketize(x[:, :1], torch.tensor([0., .5]))
+    h + torch.searchsorted(torch.tensor([0., .5]), x[:, :1].contiguous())
+    h + torch.ones(4, 6)[i > 2].sum()
+    h + torch.nonzero(i > 2).float().sum()
+    h + F.embedding_bag(i[:, None], m.buf)
+    h + F.embedding(i, m.par)
+    h + m.par[i]
+    h + F.grid_sample(m.buf[None, None, :6, :6], x[:, :2].reshape(1, 4, 1, 2))[0, 0]
+    h + torch.zeros(7).put_(i, torch.ones(4))[0]
+    h + torch.repeat_interleave(torch.ones(4), i).sum()
+    h + torch.polar(torch.ones(4), x[:, 0]).real[:, None]
+    h + (m.buf[i] * 0 + 1)
+    (h + 1) * m.buf[i]
+    (h + m.const) * torch.zeros(7).index_add(0, i, torch.ones(4))[i][:, None]
+    torch.where(x[:, :1] > 0, h, 1.0)
+    h.masked_fill(x[:, :1] > 0, 1.0)
+    torch.where(x[:, :1] > 0, h, m.buf[0])
+    torch.where(x[:, :1] > 0, m.buf[0], m.buf[1]) + h
+    torch.where(x[:, :1] > 0, m.const, m.const * 2) + h
+    h.sigmoid() * (x[:, :1] > 0)
+    torch.lerp(h, m.buf[0], x[:, :1])
+    torch.maximum(h, x[:, :1])
+    h.index_put((i % 4,), m.buf[0])
+    m.buf[:4].index_put((i % 4,), h)
+    torch.ones(4, 6).index_put((i % 4,), h)
+    torch.zeros(4, 6).index_add(0, i % 4, h + m.buf[0])
+    torch.zeros(4, 6).index_add(0, i % 4, h.sigmoid())
+    h.masked_scatter(x[:, :1] > 0, m.buf)
+    (h + m.buf[:4])[i % 4]
+    torch.cat([h, torch.ones(1, 6)])[i % 5]
+    F.pad(h, (0, 0, 0, 1), value=1.0)[i % 5]
+    F.grid_sample(h.sigmoid().t().reshape(1, 6, 4, 1), x[:, :2].view(1, 4, 1, 2))[0, :, :, 0].t()
+"""
+PICKED_UNITS = """
+    torch.where(x[:, :1] > 0, h, 0.0)
+    h.index_put((i % 4,), torch.zeros(6))
+    torch.zeros(4, 6).index_put((i % 4,), h)
+    torch.zeros(4, 6).index_add(0, i % 4, h)
+    torch.ones(4, 6).index_add(0, i % 4, h)
+    torch.zeros(4, 6).scatter_add(0, (i % 4)[:, None].expand(4, 6), h)
+    h[i % 4]
+    h[x[:, 0] > 0]
+    torch.cat([h, torch.zeros(1, 6)])[i % 5]
+    h * m.buf[i, :1]
+    h + m.buf[torch.tensor([1, 2, 3, 3])]
+    h + m.par[torch.tensor([1, 2, 3, 3])]
+    h + m.par[torch.randint(7, (4,))]
+    h + torch.ones(7)[torch.randperm(7)][:6]
+    F.grid_sample(h.t().reshape(1, 6, 4, 1), x[:, :2].view(1, 4, 1, 2))[0, :, :, 0].t()
+"""
+
+
+def picking(expression):
+    function = eval(f"lambda m, h, x, i: {expression}")
+    layers = {"fc1": nn.Linear(5, 6), "fc2": nn.Linear(6, 3)}
+    layers |= {"par": nn.Parameter(torch.randn(7, 6))} if "m.par" in expression else {}
+    layers |= {"const": nn.Parameter(torch.randn(6))} if "m.const" in expression else {}
+    model = Net(lambda m, x, i: m.fc2(function(m, m.fc1(x).relu(), x, i)), **layers)
+    model.register_buffer("buf", torch.randn(7, 6))
+    return model, (ROWS, torch.tensor([1, 5, 2, 6]))
+
+
+@pytest.mark.parametrize("expression", PICKED.strip().split("\n    "))
+@pytest.mark.filterwarnings("ignore")
+def test_constants_that_data_picks_are_data(expression):
+    assert find_unit_groups(*picking(expression)) == []
+
+
+@pytest.mark.parametrize("expression", PICKED_UNITS.strip().split("\n    "))
+@pytest.mark.filterwarnings("ignore")
+def test_units_that_data_picks_stay_apart(expression):
+    model, inputs = picking(expression)
+    assert as_rows(find_unit_groups(model, inputs)) == FC
+    verify_unit_group(model, UnitGroup("g", "fc1", "fc2"), inputs)
+
+
 def updated(m, x):
     with torch.no_grad():
         return m.statistic.mul_(0.9).add_(x.mean())
