@@ -428,7 +428,7 @@ class ContinualBackprop(Rates, Joinable):
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {names}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
-        modules.check_not_attached(resolved, self._engine, [*self._model.modules(), *modules.observed()])
+        modules.check_not_attached(resolved, self._engine, self._model.modules())
         _check_optimizers(steppers, resolved)
         return resolved
 

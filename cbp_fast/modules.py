@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,18 @@ from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
 from .rules import Rule
 from .unit_groups import ResolvedGroup, UnitGroup, resolve, shared_layer
 
+if TYPE_CHECKING:
+    from .continual_backprop import ContinualBackprop
+
 # layers that were made, and copies that saw a forward; the optimizers that were ever seen to train each, all of which
 # keep state to reset; those that take turns; and those of them that are still to step
 _layers: list[weakref.ref[_CBPLayer]] = []
 _seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
-# steps in a row after which a layer cannot have done its work, and the layers of which that was said
-_idle: weakref.WeakKeyDictionary[_CBPLayer, int] = weakref.WeakKeyDictionary()
-_said: weakref.WeakSet[_CBPLayer] = weakref.WeakSet()
+# what was seen of each layer, to say what would be silent
+_watched: weakref.WeakKeyDictionary[_CBPLayer, _Watched] = weakref.WeakKeyDictionary()
+_steps = itertools.count()
 # what messages call a layer by, as it does not know its name in the model
 _numbers = itertools.count(1)
 # this many weights of a layer tell it from others
@@ -45,6 +48,23 @@ _TOLD_BY = 256
 _this = sys.modules[__name__]
 # torch's hook for all optimizers, while there are layers
 _hook: RemovableHandle | None = None
+
+
+class _Watched:
+    """What was seen of a layer in the optimizers' steps.
+
+    Attributes:
+        versions: of the two weights when it was last looked at; a step that trains a weight writes to it.
+        idle: steps in a row in which something was missing.
+        first, last: numbers of the steps of which it saw a forward.
+        said: whether a user was told.
+    """
+
+    __slots__ = ("first", "idle", "last", "said", "versions")
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.idle, self.first, self.last, self.said = 0, -1, -1, False
 
 
 def observed() -> list[_CBPLayer]:
@@ -88,8 +108,10 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     trained = _trained_by(optimizer)
     ready: list[_CBPLayer] = []
     mine = [la for la in layers if any(id(region.ref.get()) in trained for region in la._engine.state.regions)]
-    others = [layer for layer in layers if layer._has_news and all(layer is not other for other in mine)]
-    amiss = [_amiss(layer, trained, False) for layer in others]
+    of_mine = set(map(id, mine))
+    watched = [layer for layer in layers if layer._has_news and id(layer) not in of_mine]
+    unheard = [layer for layer in mine if layer._known != id(layer)]
+    mine = [layer for layer in mine if layer._known == id(layer)]
     _tell_apart(mine)
     for layer in mine:
         _seen.setdefault(layer, weakref.WeakSet()).add(optimizer)
@@ -108,52 +130,98 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not len(waiting):
             _waiting[layer] = weakref.WeakSet(trainers)
             ready.append(layer)
-            amiss.append(_amiss(layer, trained, True))
+    watched += unheard + ready
+    messages = _amiss(watched)
     optimizers = {id(o): o for layer in ready for o in _seen[layer]}
-    for message in filter(None, amiss):
-        warnings.warn(message, stacklevel=3)
     step_together([layer._engine for layer in ready], list(optimizers.values()))
+    for layer in watched:
+        # what was written in this step is no training
+        _watched[layer].versions = _versions(layer)
+    for message in messages:
+        warnings.warn(message, stacklevel=3)
 
 
 def _trained_by(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _amiss(layer: _CBPLayer, trained: set[int], stepped: bool) -> str:
-    """What a step of an optimizer should not pass over in silence; said once.
+def _weights(layer: _CBPLayer) -> list[tuple[str, Tensor | None]]:
+    group = layer._engine.groups[0]
+    return [(m.name, m.module._parameters.get("weight")) for m in (*group.incoming, *group.outgoing)]
 
-    Args:
-        trained: what the optimizer trains.
-        stepped: whether the layer steps with it; else the optimizer trains none of its weights.
+
+def _versions(layer: _CBPLayer) -> list[int]:
+    return [-1 if weight is None else weight._version for _, weight in _weights(layer)]
+
+
+def _amiss(layers: list[_CBPLayer]) -> list[str]:
+    """What should not pass in silence, of layers that an optimizer has trained or that saw a forward; said once each.
+
+    Both weights are trained and a forward was seen, or neither: a layer of another task. A layer of which only one is
+    true, many times in a row, has lost the others, or is called nowhere.
     """
-    layer.__dict__["_has_news"] = False
-    why = "no optimizer trained its layers"
-    if stepped:
-        group = layer._engine.groups[0]
-        weights = {f"{m.name}.weight": cast(Tensor, m.module.weight) for m in (*group.incoming, *group.outgoing)}
-        trainers = _trainers[layer]
-        alone = len(trainers) == 1
-        held = trained if alone else set().union(*map(_trained_by, trainers))
-        # of several, each may let go of the gradients that it is done with
-        idle = [name for name, w in weights.items() if id(w) not in held or (alone and w.grad is None)]
-        if not idle and layer._known:
-            _idle.pop(layer, None)
-            return ""
-        why = f"no optimizer trained its {idle[0]}" if idle else ""
-    # without reason it was never called
-    _idle[layer] = _idle.get(layer, 0) + 1 if why else FORGOTTEN
-    if _idle[layer] < FORGOTTEN or layer in _said:
-        return ""
-    _said.add(layer)
-    if not why:
-        return (
-            f"{layer._engine.layer} saw no training forward before an optimizer trained its layers, and does nothing; "
-            "call it in forward(), where out_layer reads the units, or take it out"
-        )
-    return (
-        f"{layer._engine.layer}: in the last {FORGOTTEN} optimizer steps {why}; was a layer replaced, or frozen? Make "
-        "this one anew from those that are trained, or take it out"
-    )
+    messages: list[str] = []
+    number = next(_steps)
+    for layer in layers:
+        watched = _watched.setdefault(layer, _Watched())
+        news = layer._has_news
+        layer.__dict__["_has_news"] = False
+        if news:
+            watched.first = number if watched.first < 0 else watched.first
+            watched.last = number
+        versions, weights = watched.versions or _versions(layer), _weights(layer)
+        still = [
+            name
+            for (name, weight), version in zip(weights, versions, strict=True)
+            if weight is None or weight._version == version
+        ]
+        # frozen ones wait for another time
+        frozen = any(weight is not None and not weight.requires_grad for _, weight in weights)
+        if not watched.versions or frozen or (not news and still):
+            continue
+        watched.idle = watched.idle + 1 if still or not news else 0
+        if watched.idle == FORGOTTEN and not watched.said:
+            watched.said = True
+            if still:
+                why = f"{still[0]}.weight was not trained in {FORGOTTEN} steps of optimizers; was the layer replaced?"
+            else:
+                why = f"it saw no training forward in {FORGOTTEN} steps that trained its layers; is it called?"
+            messages.append(
+                f"{layer._engine.layer}: {why} Make it anew from the two layers that are trained, and call it where "
+                "out_layer reads the units, or take it out"
+            )
+    return messages + _doubled([layer for layer in layers if _watched[layer].last == number])
+
+
+def _doubled(layers: list[_CBPLayer]) -> list[str]:
+    """Which of the layers share their units with another one that sees forwards, or with an attached object."""
+    messages: list[str] = []
+    by_maker: dict[nn.Module, list[_CBPLayer]] = {}
+    for layer in observed():
+        if layer in _watched:
+            by_maker.setdefault(layer.in_layer, []).append(layer)
+    for layer in layers:
+        watched = _watched[layer]
+        # one that was replaced by another may be there still, and saw its last forward before that one's first
+        several = [la for la in by_maker[layer.in_layer] if la is not layer]
+        both = [la for la in several if _watched[la].last >= watched.first and _watched[la].first <= watched.last]
+        twins: list[_CBPLayer | ContinualBackprop] = [la for la in both if _watched[la].last >= 0]
+        if watched.first == watched.last:
+            twins += [cbp for cbp in everyone() if isinstance(cbp._engine, Engine) and cbp.enabled]
+        twin = next((twin for twin in twins if _share_units(twin._engine, layer._engine)), None)
+        if twin is not None and not watched.said:
+            watched.said = True
+            if isinstance(twin, _CBPLayer):
+                _watched[twin].said = True
+            messages.append(
+                f"{layer._engine.layer}: {twin._engine.layer or 'an attached ContinualBackprop'} re-initialises its "
+                "units, too; take one of them out"
+            )
+    return messages
+
+
+def _share_units(one: Engine, other: Engine) -> bool:
+    return any(shared_layer(theirs, mine) for theirs in one.groups for mine in other.groups)
 
 
 def check_not_attached(groups: Iterable[ResolvedGroup], own: Any, modules: Iterable[nn.Module]) -> None:
@@ -162,18 +230,17 @@ def check_not_attached(groups: Iterable[ResolvedGroup], own: Any, modules: Itera
     Args:
         groups: the units that are asked for.
         own: the engine that asks.
-        modules: where to look for layers.
+        modules: of the model, some of which may do the same.
 
     Raises:
         ValueError: one does.
     """
     call = "cbp_fast.attached(model) lists what is attached: call remove() of it first, or exclude= the group"
     engines = {cbp._engine: call for cbp in everyone()}
-    engines |= {layer._engine: "take the layer out" for layer in modules if isinstance(layer, _CBPLayer)}
+    layers = (getattr(layer, "_engine", None) for layer in (*modules, *observed()))
+    engines |= {engine: "take the layer out" for engine in layers if isinstance(engine, Engine)}
     for engine, mend in engines.items():
-        if engine is own or not isinstance(engine, Engine):
-            continue
-        for theirs in engine.groups:
+        for theirs in engine.groups if isinstance(engine, Engine) and engine is not own else ():
             for group in groups:
                 if both := shared_layer(theirs, group):
                     whose = f"group '{group.name}'" if engine.layer else f"its group '{theirs.name}'"
@@ -227,7 +294,7 @@ def _after_skipped_step(optimizer: Optimizer) -> None:
 class _CBPLayer(Rates, nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
-    # whether it saw a forward since an optimizer that it follows stepped, or one that trains none of its weights
+    # whether it saw a forward since it was last looked at
     _has_news = False
     # whether its seed may change in its first step; not that of a layer from a file without the word
     _may_reseed = False
@@ -332,6 +399,10 @@ class _CBPLayer(Rates, nn.Module):
             self.__dict__["_has_news"] = True
         return x
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy takes part from its own first forward on, and may get the address of its original
+        return self.__dict__ | {"_known": 0, "_has_news": False}
+
     def _join(self) -> None:
         """Take part in steps from now on."""
         if several_processes():
@@ -342,10 +413,8 @@ class _CBPLayer(Rates, nn.Module):
         # nothing is made anew in a graph
         self._current()
         if self._known != id(self):
-            # one that was replaced may be there still, and is called no more
-            check_not_attached(self._engine.groups, self._engine, [la for la in observed() if la._has_news])
-            self._known = id(self)
             _observe(self)
+            self._known = id(self)
 
     # so that a forward that is compiled calls it while it is traced, and is one graph; a decorator of torch.compiler
     # sets this, too, but imports the compiler

@@ -57,6 +57,8 @@ _LIVING = (
 )
 _TO_PYTHON = ("_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true")
 _DATA_SIZED = ("nonzero", "_unique2", "masked_select")
+# what Python may know of the data
+NUMBERS, INTEGERS = 1, 2
 # that give a parameter another name, or take nothing but its shape
 _NO_USE = re.compile("(detach|alias|empty_like|zeros_like|ones_like|full_like|rand_like|randn_like|new_.*)$")
 # seconds after which a line says how far it is, and then each time as many more
@@ -65,6 +67,7 @@ _PATIENCE = 5.0
 
 # methods of tensors by which values leave for code that is not followed, and those that let it write, too
 _READING = ("tolist", "__repr__", "__deepcopy__", "share_memory_")
+_NO_NUMBERS = ("__repr__", "data_ptr")
 _OPENING = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "apply_", "map_", "map2_")
 _OURS = (__name__, Preserving.__module__, Snapshot.__module__)
 
@@ -112,12 +115,13 @@ class Exits(TorchFunctionMode):
         if entry:
             self.trace.roles[entry[0]].add(why.partition(" ")[0])
             return
-        ids = self.trace.ids(t)
-        self.trace.told |= ids is not None
         if self.elsewhere:
             self.trace.open(t, why)
-        elif storage_key(t) in self.trace.made:
-            self.trace.refuse(ids, why)
+            return
+        if why.partition("(")[0] not in _NO_NUMBERS:
+            self.trace.tell(t)
+        if storage_key(t) in self.trace.made:
+            self.trace.refuse(self.trace.ids(t), why)
             if not read_only:
                 self.trace.open(t, why)
 
@@ -189,12 +193,6 @@ class _Call:
         return taken
 
 
-def _has_numbers(call: _Call) -> bool:
-    """Whether there are numbers among the arguments that someone may have computed: not the one of `1 - t`."""
-    given = call.given.values()
-    return any(type(v) in (float, complex) or (type(v) is int and abs(v) > 1) for v in given)
-
-
 class Trace(Preserving):
     """Follows units through all that runs under it.
 
@@ -216,7 +214,8 @@ class Trace(Preserving):
         random: whether a path may depend on random numbers.
         unsure: whether a tensor appeared of which it is not known whether it was there before the forward.
         statistics: whether what is summed now are statistics of a norm over features that torch takes apart.
-        told: whether Python knows numbers that came from the data: those that it gives back may be made of them.
+        told: what Python knows of the data, so that numbers which it gives back may be made of them: 0 nothing, NUMBERS
+            that are no integers, or INTEGERS, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -233,7 +232,7 @@ class Trace(Preserving):
         self.exits: dict[str, None] = {}
         self.owners: dict[str, tuple[str, nn.Module]] = {}
         self.tied = shared_memory(own_tensors(model))
-        self.statistics = self.told = False
+        self.statistics, self.told = False, 0
         # by storage, with the bytes that each one takes of it
         self._parameters: dict[int, list[tuple[range, str, Tensor]]] = defaultdict(list)
         self._shadows: dict[int, _Shadow] = {}
@@ -265,8 +264,8 @@ class Trace(Preserving):
         return self._why or "its first operation"
 
     def begin(self, known: Iterable[Tensor], everything: bool, told: bool) -> None:
-        """Before a forward: `known` tensors, or everything there is, it does not make."""
-        self.unsure, self.told = False, told
+        """Before a forward: `known` tensors, or everything there is, it does not make; `told` numbers it is given."""
+        self.unsure, self.told = False, NUMBERS if told else 0
         self._knows_all = everything
         self.known = alive() if everything else set(map(storage_key, known))
         self.known |= self._constants
@@ -474,9 +473,8 @@ class Trace(Preserving):
         place.copy_(ids.expand(tensor.shape)[tuple(slice(0, n) for n in shape)])
 
     def _note_written(self, name: str, ids: Tensor) -> None:
-        """A parameter or buffer gets something else than what is made of parameters and constants."""
-        _, leaf = self.nodes.leaves(kinds_of(ids))
-        if ((leaf == DATA) | (leaf == RANDOM) | (self.nodes.bare[leaf] > 0)).any():
+        """A parameter or buffer is written to."""
+        if self._holds_data(ids):
             self._written.add(name)
 
     def parameter(self, tensor: Any) -> tuple[str, Tensor] | None:
@@ -566,39 +564,71 @@ class Trace(Preserving):
             return [self._norm(call), *itertools.repeat(self._everything(call), len(outs) - 1)]
         if op in _TO_PYTHON or op in _DATA_SIZED:
             self.branches[f"a value read by Python ({self._why})"] = None
-            truth = op != "_local_scalar_dense" or call.tensors[0][1].dtype == torch.bool
-            self.told |= not truth and self.ids(call.tensors[0][1]) is not None
+            if op == "_local_scalar_dense":
+                self.tell(call.tensors[0][1])
         seeded = torch.Tag.nondeterministic_seeded in call.tags
         # an operation that takes nothing but the shape
         fresh = len(call.tensors) == 1 and (bool(_FRESH.match(op)) or (seeded and call.mutable and op in _DRAWS))
-        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
-        if not seeded and (fresh or not tracked) and self._is_told(call, outs):
-            for tensor in call.take():
-                self._use(op, self.parameter(tensor))
+        if fresh and not seeded and self._is_told(call, outs):
+            call.take()
             return [torch.tensor(DATA, device="cpu")] * len(outs)
         if fresh or (seeded and all(self.ids(t) is None for _, t in call.tensors)):
             for tensor in call.take():
                 self._use(op, self.parameter(tensor))
             # what an index of them chooses is another thing each time
             return [torch.tensor(RANDOM, device="cpu")] * len(outs) if seeded else []
+        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
         if not tracked:
             taken = call.take()
             for tensor in taken:
                 self._use(op, self.parameter(tensor))
+            if self._is_told(call, outs):
+                return [torch.tensor(DATA, device="cpu")] * len(outs)
             # what is made of a norm's statistics is known to be of nothing
             known = any(storage_key(t) in self._shadows for t in taken)
             return [torch.tensor(0, device="cpu")] * len(outs) if known else []
         return self._rule(call, outs, tracked)
 
+    def tell(self, tensor: Tensor) -> None:
+        """Python reads what is in a tensor; a truth value is no number."""
+        ids = self.ids(tensor) if tensor.dtype != torch.bool else None
+        if ids is not None and self._holds_data(ids):
+            real = tensor.is_floating_point() or tensor.is_complex()
+            self.told = max(self.told, NUMBERS if real else INTEGERS)
+
+    def open(self, tensor: Tensor, why: str) -> None:
+        """From now on code that is not followed may read and write its memory."""
+        super().open(tensor, why)
+        self.told = INTEGERS
+
+    def _holds_data(self, ids: Tensor) -> bool:
+        """Whether it is made of anything but parameters, constants and random numbers."""
+        _, leaf = self.nodes.leaves(kinds_of(ids))
+        return bool(((leaf == DATA) | (self.nodes.bare[leaf] > RANDOM)).any())
+
     def _is_told(self, call: _Call, outs: Sequence[Tensor]) -> bool:
         """Whether results that no followed tensor is in may hold what Python, NumPy or others know of the data."""
         if not outs or not (outs[0].is_floating_point() or outs[0].is_complex()):
+            # an index; what is made of it is looked at again
             return False
         if call.op == "lift_fresh":
-            # `torch.tensor`, or memory that is not torch's own
-            return self.told or not outs[0].untyped_storage().resizable()
-        made = not call.tensors or bool(_FRESH.match(call.op)) or torch.Tag.pointwise in call.tags
-        return made and self.told and _has_numbers(call)
+            if not outs[0].untyped_storage().resizable():
+                # memory that is not torch's own
+                return True
+            return bool(self.told) and (outs[0].device.type == "meta" or bool(outs[0].any()))
+        counts = bool(_FRESH.match(call.op)) or torch.Tag.pointwise in call.tags or "value" in call.given
+        return (counts or not call.tensors or call.op == "_to_copy") and self._may_be_told(call)
+
+    def _may_be_told(self, call: _Call) -> bool:
+        """Whether there are numbers among the arguments of an operation that may be made of the data."""
+        if not self.told or call.op == "softplus":
+            return False
+        # with the one of `1 - t` one cannot tell
+        least = 0 if self.told == INTEGERS else 1
+        if any(type(v) in (int, float, complex) and v not in range(-least, least + 1) for v in call.given.values()):
+            return True
+        whole = (t for _, t in call.tensors if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool))
+        return any(storage_key(t) in self.made and self.ids(t) is None for t in whole)
 
     def _use(self, op: str, entry: tuple[str, Tensor] | None) -> None:
         """A parameter that enters an operation other than those which it is for has another role."""
@@ -750,7 +780,7 @@ class Trace(Preserving):
             elif 2 in kinds:
                 units = [nodes.bare[i] if kind == 2 else i for i, kind in zip(wide, kinds, strict=True)]
                 result = torch.where(here, nodes.union(units), result)
-        if self.told and _has_numbers(call):
+        if self._may_be_told(call):
             # what is not zero without its units has one of the numbers in it
             data = torch.tensor(DATA, device="cpu")
             result = torch.where(nodes.clean(result), result, cast(Tensor, nodes.join(result, data)))
@@ -930,14 +960,14 @@ class Trace(Preserving):
             if not isinstance(tensor, Tensor):
                 continue
             entry = self.parameter(tensor)
+            if entry and key.startswith("running") and call.given.get("training", "no_update" not in op):
+                self._note_written(entry[0], ids)
             owner, module = self.owners[entry[0]] if entry else ("", None)
             whole = entry is not None and tensor.shape == entry[1].shape and entry[0] == _join(owner, key)
             if entry and whole and norm_kind(module):
                 call.take(key)
                 self.roles[entry[0]].add("norm")
                 of_norm.append(owner)
-                if key.startswith("running"):
-                    self._note_written(entry[0], ids)
                 continue
             repeated = self._repeated(tensor, key)
             own = self.ids(tensor)

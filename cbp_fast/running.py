@@ -11,6 +11,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
@@ -81,16 +82,18 @@ class Given:
 
     Attributes:
         samples: length of the first axis that the tensors have in common; 0 where they may not be cut there.
-        empty: whether there are tensors, and no element in any of them.
-        told: whether there are numbers or arrays that are no tensors.
+        empty: whether there are tensors without any element, and nothing else but numbers.
+        told: whether there are arrays, or numbers that are no integers.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
-        self.told = any(isinstance(leaf, (float, complex)) or is_array(leaf) for leaf in leaves)
-        self.empty = bool(tensors) and not any(t.numel() for t in tensors)
+        numbers = [leaf for leaf in leaves if isinstance(leaf, Number) and not isinstance(leaf, int)]
+        self.told = bool(numbers) or any(map(is_array, leaves))
+        nothing = all(isinstance(leaf, (Tensor, Number, type(None))) for leaf in leaves)
+        self.empty = bool(tensors) and nothing and not any(t.numel() for t in tensors)
         self.samples = len(tensors[0]) if tensors and all(_is_plain(t) for t in tensors) else 0
         for leaf in leaves:
             # what counts rows of another tensor would point beyond its end; what others hold is not cut

@@ -183,16 +183,17 @@ class _Check:
                 # other paths, and other units that are not dropped
                 todo += self._subsets(_DRAWN - _ROUNDS)
         unshown = ""
-        if not self.ran:
-            return Verdict(unshown=f"the model does not run ({type(self.error).__name__}: {self.error})")
-        if not self.shown:
+        if not self.ran and not self.shown:
+            unshown = "the model does not run, at least not with other weights"
+        elif not self.shown:
             unshown = "the output does not depend on its units"
         elif not self.varied:
             unshown = "the model ran on no inputs but the given ones"
         elif not self.steady:
             unshown = "the model gives another result each time, from one random state"
         if unshown and self.error is not None:
-            unshown += f" (with other weights or inputs it raised {type(self.error).__name__}: {self.error})"
+            when = "with other weights or inputs it raised " if self.ran else ""
+            unshown += f" ({when}{type(self.error).__name__}: {self.error})"
         return Verdict(self.failure, unshown)
 
     def _subsets(self, least: int) -> list[Tensor]:

@@ -369,6 +369,17 @@ def test_a_model_without_forward_is_told_so_at_attach(model, parts, inputs):
     assert hooks_of(model) == before
 
 
+class Words(nn.Module):
+    """What it works on is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, words, cache):
+        return self.second(self.first(torch.tensor([[float(len(word))] * 3 for word in words])).relu())
+
+
 def test_an_empty_batch_shows_nothing():
     model = mlp()
     for empty in (torch.zeros(0, 6), {"input": torch.zeros(0, 6)}, [torch.zeros(2, 6), torch.zeros(0, 6)]):
@@ -377,6 +388,8 @@ def test_an_empty_batch_shows_nothing():
                 look(model, example_inputs=empty)
     with pytest.raises(ValueError, match="example_inputs are empty"):
         cbp_fast.verify_unit_group(model, UnitGroup("g", "0", "2"), torch.zeros(0, 6))
+    words = cbp_fast.find_unit_groups(Words(), (["a", "bc"], torch.empty(0)))
+    assert [group.name for group in words] == ["first"]
     # as the first batch of a training loop it is passed over
     model = Net()
     optimizer = sgd(model)

@@ -3,6 +3,7 @@
 import copy
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import networks
@@ -1121,6 +1122,18 @@ def test_units_are_followed_through_what_keeps_them_apart(name):
 
 # numbers of the data that come back by way of Python, alone or beside units, or as their factors
 TOLD = """
+    h + torch.full((6,), int(x.sum() * 100))
+    h + torch.tensor(int(x.sum() * 100))
+    h + torch.tensor([int(v * 100) for v in x[0].tolist()] + [0])
+    h + torch.arange(int(x.sum() * 100), int(x.sum() * 100) + 6)
+    h + torch.as_tensor((x.numpy() * 100).astype(int).sum())
+    h + int(x.argmax() * 0 + 1)
+    h + (x > 0).sum().item()
+    h + torch.zeros(6).index_fill_(0, torch.arange(6), number(x))
+    h + torch.zeros(6).scatter_(0, torch.arange(6), number(x))
+    h + F.pad(torch.zeros(5), (0, 1), value=number(x))
+    h + np.float32(number(x))
+    h + number_elsewhere(x)
     h + number(x)
     h + x.mean().item()
     number(x) - h
@@ -1183,6 +1196,16 @@ TOLD = """
     h.where(h < 0, torch.asarray([number(x)]))
 """
 TOLD_FACTORS = """
+    torch.where(x[:, :1] > number(x), h, 0.0)
+    torch.where(x[:, :1] > number(x), h, torch.tensor(0.0))
+    h.masked_fill(x[:, :1] > number(x), 0)
+    torch.maximum(h * number(x), torch.tensor(0.0))
+    torch.cat([h * number(x), torch.full((2, 6), 0.0)])[:4]
+    F.softplus(h * number(x))
+    F.elu(h * number(x)) + 1.0
+    1.0 - h * number(x)
+    h + 0.5 * (torch.rand(1).item() < 2)
+    h + 0.5 * (repr(x) != "")
     h * number(x)
     h / (number(x) + 5)
     h * torch.tensor(number(x))
@@ -1200,6 +1223,11 @@ TOLD_FACTORS = """
 
 def number(x):
     return float(x.mean())
+
+
+def number_elsewhere(x):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: x.mean().item()).result()
 
 
 def with_number(expression):
@@ -1220,7 +1248,9 @@ def test_numbers_that_python_read_may_be_factors(expression):
     verify_unit_group(model, UnitGroup("g", "fc1", "fc2"), ROWS)
 
 
-@pytest.mark.parametrize("given", [lambda x: 3.5, lambda x: x.numpy()], ids=["number", "array"])
+@pytest.mark.parametrize(
+    "given", [lambda x: 3.5, lambda x: np.float32(3.5), lambda x: x.numpy()], ids=["number", "scalar", "array"]
+)
 def test_what_is_given_as_no_tensor_is_data(given):
     body = {"fc1": nn.Linear(5, 6), "fc2": nn.Linear(6, 3)}
     model = Net(lambda m, x, y: m.fc2(m.fc1(x).relu() + torch.as_tensor(y).mean()), **body)
@@ -1372,6 +1402,8 @@ def test_what_a_forward_stored_of_the_data_is_data(kind, store):
         return net
 
     assert find_unit_groups(model(lambda m, h, x: h + store(m, x)), ROWS) == []
+    evaluated = model(lambda m, h, x: h + normalised(m, x)).eval()
+    assert as_rows(find_unit_groups(evaluated, ROWS)) == FC
     for join in (lambda m, h, x: h * store(m, x), lambda m, h, x: (h + m.statistic, store(m, x))[0]):
         net = model(join)
         assert as_rows(find_unit_groups(net, ROWS)) == FC

@@ -362,8 +362,21 @@ def test_a_model_that_does_not_run_is_no_verdict():
         raise RuntimeError("on purpose")
 
     model = net(forward)
-    with pytest.raises(ValueError, match=rf"does not run \(RuntimeError: on purpose\).*{NOTHING}"):
+    with pytest.raises(ValueError, match=rf"does not run, .*\(RuntimeError: on purpose\).*{NOTHING}"):
         verify_unit_group(model, GROUP, ROWS)
+
+
+def test_what_was_seen_before_a_model_raised_counts():
+    eye = torch.eye(400)[:4]
+
+    def forward(m, x):
+        h = m.fc1(x).relu()
+        if h.max() > 0.35:
+            raise ValueError("too large")
+        return m.fc2(h + len(x[x > 0.5]) / 10)
+
+    model = Net(forward, fc1=nn.Linear(400, 6), fc2=nn.Linear(6, 3))
+    assert find_unit_groups(model, eye, verify=True) == []
 
 
 def test_a_model_without_memory_is_refused():
