@@ -37,8 +37,7 @@ _layers: list[weakref.ref[_CBPLayer]] = []
 _seen: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _trainers: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[_CBPLayer, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
-# what was seen of each layer, to say what would be silent
-_watched: weakref.WeakKeyDictionary[_CBPLayer, _Watched] = weakref.WeakKeyDictionary()
+# numbers of the optimizers' steps
 _steps = itertools.count()
 # what messages call a layer by, as it does not know its name in the model
 _numbers = itertools.count(1)
@@ -51,20 +50,27 @@ _hook: RemovableHandle | None = None
 
 
 class _Watched:
-    """What was seen of a layer in the optimizers' steps.
+    """What was seen of a layer in the optimizers' steps, to say what would be silent.
 
     Attributes:
-        versions: of the two weights when it was last looked at; a step that trains a weight writes to it.
+        weights: names of the layers that make and read the units, and the dicts in which their weights are.
+        versions: of those weights when they were last looked at; a step that trains a weight writes to it.
         idle: steps in a row in which something was missing.
-        first, last: numbers of the steps of which it saw a forward.
+        first, last: numbers of the first and the last step before which it saw a forward.
         said: whether a user was told.
     """
 
-    __slots__ = ("first", "idle", "last", "said", "versions")
+    __slots__ = ("first", "idle", "last", "said", "versions", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, group: ResolvedGroup) -> None:
+        self.weights = [(m.name, m.module._parameters) for m in (*group.incoming, *group.outgoing)]
         self.versions: list[int] = []
         self.idle, self.first, self.last, self.said = 0, -1, -1, False
+
+    def now(self) -> list[int]:
+        """The versions now; -1 where there is no such weight, or a frozen one."""
+        weights = [parameters.get("weight") for _, parameters in self.weights]
+        return [w._version if w is not None and w.requires_grad else -1 for w in weights]
 
 
 def observed() -> list[_CBPLayer]:
@@ -136,22 +142,13 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_together([layer._engine for layer in ready], list(optimizers.values()))
     for layer in watched:
         # what was written in this step is no training
-        _watched[layer].versions = _versions(layer)
+        layer._watched.versions = layer._watched.now()
     for message in messages:
         warnings.warn(message, stacklevel=3)
 
 
 def _trained_by(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _weights(layer: _CBPLayer) -> list[tuple[str, Tensor | None]]:
-    group = layer._engine.groups[0]
-    return [(m.name, m.module._parameters.get("weight")) for m in (*group.incoming, *group.outgoing)]
-
-
-def _versions(layer: _CBPLayer) -> list[int]:
-    return [-1 if weight is None else weight._version for _, weight in _weights(layer)]
 
 
 def _amiss(layers: list[_CBPLayer]) -> list[str]:
@@ -163,34 +160,39 @@ def _amiss(layers: list[_CBPLayer]) -> list[str]:
     messages: list[str] = []
     number = next(_steps)
     for layer in layers:
-        watched = _watched.setdefault(layer, _Watched())
-        news = layer._has_news
-        layer.__dict__["_has_news"] = False
+        if layer._watched is None:
+            layer.__dict__["_watched"] = _Watched(layer._engine.groups[0])
+        watched, news = layer._watched, layer._has_news
         if news:
+            layer.__dict__["_has_news"] = False
             watched.first = number if watched.first < 0 else watched.first
             watched.last = number
-        versions, weights = watched.versions or _versions(layer), _weights(layer)
-        still = [
-            name
-            for (name, weight), version in zip(weights, versions, strict=True)
-            if weight is None or weight._version == version
-        ]
-        # frozen ones wait for another time
-        frozen = any(weight is not None and not weight.requires_grad for _, weight in weights)
-        if not watched.versions or frozen or (not news and still):
-            continue
-        watched.idle = watched.idle + 1 if still or not news else 0
-        if watched.idle == FORGOTTEN and not watched.said:
-            watched.said = True
-            if still:
-                why = f"{still[0]}.weight was not trained in {FORGOTTEN} steps of optimizers; was the layer replaced?"
-            else:
-                why = f"it saw no training forward in {FORGOTTEN} steps that trained its layers; is it called?"
-            messages.append(
-                f"{layer._engine.layer}: {why} Make it anew from the two layers that are trained, and call it where "
-                "out_layer reads the units, or take it out"
-            )
-    return messages + _doubled([layer for layer in layers if _watched[layer].last == number])
+        versions = watched.now()
+        trained = [version != old for version, old in zip(versions, watched.versions, strict=False)]
+        if news and all(trained):
+            watched.idle = 0
+        # frozen ones wait for another time, and those that are not used for another task
+        elif trained and -1 not in versions and (news or all(trained)):
+            watched.idle += 1
+            if watched.idle == FORGOTTEN and not watched.said:
+                watched.said = True
+                messages.append(_idle(layer, trained))
+    # not in each step, nor always in that of the same optimizer
+    if number % 7 == 0 or any(layer._watched.first == number for layer in layers):
+        messages += _doubled([layer for layer in layers if layer._watched.last == number])
+    return messages
+
+
+def _idle(layer: _CBPLayer, trained: list[bool]) -> str:
+    if all(trained):
+        why = f"it saw no training forward in {FORGOTTEN} steps that trained its layers; is it called?"
+    else:
+        name = layer._watched.weights[trained.index(False)][0]
+        why = f"{name}.weight was not trained in {FORGOTTEN} steps of optimizers; was the layer replaced?"
+    return (
+        f"{layer._engine.layer}: {why} Make it anew from the two layers that are trained, and call it where out_layer "
+        "reads the units, or take it out"
+    )
 
 
 def _doubled(layers: list[_CBPLayer]) -> list[str]:
@@ -198,21 +200,23 @@ def _doubled(layers: list[_CBPLayer]) -> list[str]:
     messages: list[str] = []
     by_maker: dict[nn.Module, list[_CBPLayer]] = {}
     for layer in observed():
-        if layer in _watched:
+        if layer._watched is not None and layer._watched.last >= 0:
             by_maker.setdefault(layer.in_layer, []).append(layer)
     for layer in layers:
-        watched = _watched[layer]
+        mine = layer._watched
         # one that was replaced by another may be there still, and saw its last forward before that one's first
-        several = [la for la in by_maker[layer.in_layer] if la is not layer]
-        both = [la for la in several if _watched[la].last >= watched.first and _watched[la].first <= watched.last]
-        twins: list[_CBPLayer | ContinualBackprop] = [la for la in both if _watched[la].last >= 0]
-        if watched.first == watched.last:
+        twins: list[_CBPLayer | ContinualBackprop] = [
+            other
+            for other in by_maker[layer.in_layer]
+            if other is not layer and other._watched.last >= mine.first and other._watched.first <= mine.last
+        ]
+        if mine.first == mine.last:
             twins += [cbp for cbp in everyone() if isinstance(cbp._engine, Engine) and cbp.enabled]
         twin = next((twin for twin in twins if _share_units(twin._engine, layer._engine)), None)
-        if twin is not None and not watched.said:
-            watched.said = True
+        if twin is not None and not mine.said:
+            mine.said = True
             if isinstance(twin, _CBPLayer):
-                _watched[twin].said = True
+                twin._watched.said = True
             messages.append(
                 f"{layer._engine.layer}: {twin._engine.layer or 'an attached ContinualBackprop'} re-initialises its "
                 "units, too; take one of them out"
@@ -294,8 +298,9 @@ def _after_skipped_step(optimizer: Optimizer) -> None:
 class _CBPLayer(Rates, nn.Module):
     """What the two layers share: the rule is `gnt`, and a step follows those of the optimizers that train the group."""
 
-    # whether it saw a forward since it was last looked at
+    # whether it saw a forward since it was last looked at, and what was seen before
     _has_news = False
+    _watched: Any = None
     # whether its seed may change in its first step; not that of a layer from a file without the word
     _may_reseed = False
     # what in_layer and out_layer may be
@@ -401,7 +406,7 @@ class _CBPLayer(Rates, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy takes part from its own first forward on, and may get the address of its original
-        return self.__dict__ | {"_known": 0, "_has_news": False}
+        return self.__dict__ | {"_known": 0, "_has_news": False, "_watched": None}
 
     def _join(self) -> None:
         """Take part in steps from now on."""

@@ -840,7 +840,7 @@ def test_two_layers_over_the_same_units_say_so_once(turns):
     first, second = model.cbp, CBPLinear(model.fc1, model.fc2)
     model.cbp = nn.Sequential(first, second)
     optimizer, said = sgd(model), []
-    for _ in range(3):
+    for _ in range(10):
         for turn in range(turns):
             if turns > 1:
                 model.cbp = (first, second)[turn]
