@@ -108,10 +108,13 @@ def find_unit_groups(
     The model runs once, in the mode it is in, and every element of every activation is followed: a unit is a row of a
     weight, and its features are where it is seen at the columns of other weights. Units that share a column, and so
     can be re-initialised only together, are one. What an operation without a rule touches is left out, as is all that
-    :func:`explain` lists; nothing is guessed. Parameters, buffers, gradients, modes, random states and all that the
-    model and the inputs hold in Python stay as they were, also if the forward raises (attributes of classes, globals,
-    iterators and what threads own are out of reach); hooks of the user run. Of batches of more than eight samples two
-    and three are looked at, where these take the path of the whole batch, which then runs once unfollowed.
+    :func:`explain` lists; nothing is guessed. What Python or NumPy read of the data and give back counts as data, as do
+    constants that data picks by an index: units that such is added to are left out.
+
+    Parameters, buffers, gradients, modes, random states and all that the model and the inputs hold in Python stay as
+    they were, also if the forward raises (attributes of classes, globals, iterators and what threads own are out of
+    reach); hooks of the user run. Of batches of more than eight samples two and three are looked at, where these take
+    the path of the whole batch, which then runs once unfollowed.
 
     Args:
         model: the model; `torch.compile` and DistributedDataParallel are looked through.
