@@ -361,6 +361,7 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
         for run in runs:
             paths = set[int]()
             seed = again = 0
+            facts: Any = None
             everything = repeated = by_path = False
             while seed < _REPEATS and again < _ENOUGH:
                 if repeated:
@@ -382,8 +383,8 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                     trace.restore()
                     drawn = snapshot.drawn() or before != (random.getstate(), numpy_state())
                     snapshot.restore()
-                path = hash(tuple(trace.path))
-                again = again + 1 if path in paths else 0
+                path, before_it, facts = hash(tuple(trace.path)), facts, trace.facts()
+                again = again + 1 if path in paths or facts == before_it else 0
                 paths.add(path)
                 if len(paths) == 1 and not again:
                     trace.paths.append(trace.path)

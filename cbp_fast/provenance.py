@@ -294,6 +294,11 @@ class Trace(Preserving):
         self._kept.clear()
         self._parameters = dict(self._own)
 
+    def facts(self) -> Any:
+        """What was found so far, apart from the nodes that stand for it in each forward."""
+        roles = sum(map(len, self.roles.values()))
+        return set(self.records), roles, {why for _, why in self.refused}, len(self.seen), len(self.outside)
+
     def watch(self) -> list[RemovableHandle]:
         """Hooks that keep track of which module runs."""
         handles = []
