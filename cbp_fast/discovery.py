@@ -789,7 +789,8 @@ def _may_share(unreached: Sequence[tuple[str, set[int]]], candidate: _Candidate)
 
 def _widths(module: nn.Module) -> Iterator[int]:
     """Sizes along which a module may touch units."""
-    if kind(module) in LAYERS:
+    # of a computed weight (parametrized, pruned) there is no parameter of this module
+    if kind(module) in LAYERS and module._parameters.get("weight") is not None:
         yield make_width(module)
         yield read_width(module)
         return

@@ -1387,6 +1387,21 @@ def normalised(m, x):
     return m.batch_norm.running_mean.mean()
 
 
+@pytest.mark.parametrize("compute", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 7), nn.Conv1d(6, 7, 1, bias=False), nn.Linear(2, 9)], ids=str)
+def test_layers_of_computed_weights_may_be_unreached(layer, compute):
+    model = Net(
+        lambda m, x: m.fc2(m.fc1(x).relu()),
+        fc1=nn.Linear(5, 6),
+        other=compute(copy.deepcopy(layer)),
+        fc2=nn.Linear(6, 3),
+    )
+    shares = 6 in layer.weight.shape
+    assert as_rows(find_unit_groups(model, ROWS)) == ([] if shares else FC)
+    assert "is not reached but has its width" in explain(model, ROWS) or not shares
+    assert as_rows(find_unit_groups(model, ROWS, unreached_ok=True)) == FC
+
+
 @pytest.mark.parametrize("kind", ["buffer", "parameter"])
 @pytest.mark.parametrize("store", [updated, replaced, normalised])
 def test_what_a_forward_stored_of_the_data_is_data(kind, store):
