@@ -60,7 +60,8 @@ class NeedsInputs(ValueError):
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
 _IRREGULAR = " in no regular order"
-# repetitions of a forward that chooses its path at random, and how many in a row may show nothing new
+# repetitions of a forward that chooses its path at random, and how many in a row may show nothing new; one on a path
+# that was not seen yet counts for two
 _REPEATS = 7
 _ENOUGH = 4
 # batches of more samples are looked at by two and three of them
@@ -384,7 +385,8 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                     drawn = snapshot.drawn() or before != (random.getstate(), numpy_state())
                     snapshot.restore()
                 path, before_it, facts = hash(tuple(trace.path)), facts, trace.facts()
-                again = again + 1 if path in paths or facts == before_it else 0
+                # another path that shows nothing new says more than the same one
+                again = again + 1 if path in paths else again + 2 if facts == before_it else 0
                 paths.add(path)
                 if len(paths) == 1 and not again:
                     trace.paths.append(trace.path)
