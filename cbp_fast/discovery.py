@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -208,6 +209,10 @@ def _discover(
                 trace, candidates = _given(model, runs, ignored)
             except _NotFollowed as error:
                 cause = error.__cause__
+                if cause is not None and _is_out_of_memory(cause):
+                    # what was followed takes the memory that the forward by itself may need
+                    for raised in (cause, error):
+                        traceback.clear_frames(raised.__traceback__)
                 if runs_plainly(model, runs):
                     raise ValueError(_limitation(model, error)) from cause
                 raise ValueError(
@@ -327,6 +332,11 @@ def _path(model: nn.Module, run: Forward) -> Any:
         finally:
             mode.restore()
     return mode.path
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("bad_alloc", "out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 class _NotFollowed(Exception):

@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
+import gc
 import io
 import pickle
 import queue
@@ -28,7 +29,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils import dlpack
 
 import cbp_fast
-from cbp_fast import snapshot
+from cbp_fast import discovery, snapshot
 from cbp_fast.discovery import explain, find_unit_groups
 from cbp_fast.running import Given
 
@@ -779,6 +780,33 @@ def test_what_runs_but_cannot_be_followed_is_not_blamed_on_the_inputs():
             find_unit_groups(model, inputs)
     with pytest.raises(ValueError, match=r"does not run on the example_inputs given: "):
         find_unit_groups(model, X[:, 1:])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc")], ids=["Python", "torch"])
+def test_a_look_that_runs_out_of_memory_does_not_blame_the_forward(monkeypatch, error):
+    """Before the forward is tried by itself, what was followed so far has gone."""
+    looks = []
+
+    class Trace(discovery.Trace):
+        def __init__(self, model):
+            super().__init__(model)
+            looks.append(weakref.ref(self))
+
+    class Big(nn.Module):
+        def forward(self, x):
+            following = torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+            if following:
+                raise error
+            gc.collect()
+            if any(look() for look in looks):
+                raise MemoryError
+            return x
+
+    monkeypatch.setattr(discovery, "Trace", Trace)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), Big())
+    with pytest.raises(ValueError, match=r"runs, but cannot be followed"):
+        find_unit_groups(model, X)
+    assert looks
 
 
 @pytest.mark.parametrize(
