@@ -626,6 +626,7 @@ class Trace(Preserving):
 
     def _may_be_told(self, call: _Call) -> bool:
         """Whether there are numbers among the arguments of an operation that may be made of the data."""
+        # the numbers of a softplus, which it gets by default, give it its shape
         if not self.told or call.op == "softplus":
             return False
         # with the one of `1 - t` one cannot tell
