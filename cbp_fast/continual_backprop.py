@@ -55,6 +55,7 @@ from .unit_groups import (
     ResolvedGroup,
     UnitGroup,
     check_disjoint,
+    names_of,
     own_tensors,
     resolve,
     shared_memory,
@@ -417,8 +418,8 @@ class ContinualBackprop(Rates, Joinable):
             if not isinstance(groups, Iterable):
                 raise TypeError(f"groups is a {type(groups).__name__}, must be a UnitGroup or a list of them")
             found = list(groups)
-        tied = shared_memory(own_tensors(self._model))
-        every = _in_forward_order([resolve(self._model, group, tied) for group in found])
+        tied, names = shared_memory(own_tensors(self._model)), names_of(self._model)
+        every = _in_forward_order([resolve(self._model, group, tied, names) for group in found])
         if not every:
             why = "groups is empty" if groups is not None else explain(self._model, example_inputs, **asked.finding())
             raise ValueError(f"the model has no unit group to work on:\n{why}")
@@ -561,7 +562,7 @@ class ContinualBackprop(Rates, Joinable):
             return False
         self._news = False
         modules, self._assigned = self._assigned, []
-        names = {module: name for name, module in self._model.named_modules()}
+        names = names_of(self._model)
         known = {id(p) for o in self._steppers for group in o.param_groups for p in group["params"]}
         for module, key in modules if self._steppers else ():
             now = module._parameters.get(key)

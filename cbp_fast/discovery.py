@@ -324,9 +324,10 @@ def _shortened(
     return None
 
 
-def _path(model: nn.Module, run: Forward) -> Any:
+def _path(model: nn.Module, run: Forward, snapshot: Snapshot | None = None) -> Any:
     """The operations of a forward that is not followed."""
-    with _looking(model), untouched(model, *held_by(run)) as snapshot, Preserving(snapshot.tensors()) as mode:
+    untouching = untouched(model, *held_by(run), snapshot=snapshot)
+    with _looking(model), untouching as snapshot, Preserving(snapshot.tensors()) as mode:
         try:
             run(model)
         finally:
@@ -380,7 +381,7 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                     reseed(seed)
                     seed += 1
                 # what random numbers change by its path alone is followed again on another path
-                if by_path and _takes(model, run, paths):
+                if by_path and _takes(model, run, paths, snapshot):
                     again += 1
                     continue
                 before = random.getstate(), numpy_state()
@@ -415,10 +416,10 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
     return trace
 
 
-def _takes(model: nn.Module, run: Forward, paths: set[int]) -> bool:
+def _takes(model: nn.Module, run: Forward, paths: set[int], snapshot: Snapshot) -> bool:
     """Whether a forward that is not followed takes one of some paths, given by their hashes."""
     try:
-        return hash(tuple(_path(model, run))) in paths
+        return hash(tuple(_path(model, run, snapshot))) in paths
     except Exception:  # the user's code may raise anything; if it does so again, it is told
         return False
 
@@ -629,9 +630,10 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     """Units `heads` [N] with their sorted entries `rows` [3, E]: unit, layer, position."""
     n, head = len(heads), int(heads[0])
     places: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
-    for i in torch.unique(rows[1]).tolist():
+    layers_, number = torch.unique(rows[1], return_inverse=True)
+    for i, at in zip(layers_.tolist(), _by_number(rows[2], number), strict=True):
         role, key = facts.entries.layers[i]
-        places[role].append((key, rows[2, rows[1] == i].reshape(n, -1)))
+        places[role].append((key, at.reshape(n, -1)))
     makes = sorted(places["make"], key=lambda place: place[0][2])
     layers = [(trace.owners[key[0]][0], (int(at.min()), int(at.max()))) for key, at in makes + places["pass"]]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
@@ -736,11 +738,11 @@ def _write(
         name = f"{name}:{int(at.min())}-{int(at.max())}"
     group = UnitGroup(name, incoming, outgoing, norms, n)
     try:
-        resolved = resolve(model, group, trace.tied)
+        resolved = resolve(model, group, trace.tied, trace.names)
         short = resolved.unit_group()
         candidate.group, candidate.resolved = group, resolved
         with contextlib.suppress(TypeError, ValueError):
-            if replace(resolve(model, short, trace.tied)) == resolved:
+            if replace(resolve(model, short, trace.tied, trace.names)) == resolved:
                 candidate.group = short
     except (TypeError, ValueError) as error:
         candidate.reason = str(error).removeprefix(f"unit group '{name}': ")

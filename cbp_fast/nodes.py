@@ -8,7 +8,10 @@ the unit's alone, is told from this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -18,15 +21,21 @@ DATA, ONE, RANDOM = 1, 2, 3
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 # leaves up to which a set of them is kept by itself, so that equal sets are one node
 _FEW = 48
+_FACTORS = (-7046029254386353131, -4658895280553007687)
 # pairs, or ids in rows, up to which Python is quicker than some dozen operations on tensors
 QUICK = 64
 
 
 def scramble(ids: Tensor) -> Tensor:
     """A hash of int64 `ids`, to be summed over a set; 0 stays 0."""
-    ids = ids * -7046029254386353131
-    ids = (ids ^ (ids >> 29)) * -4658895280553007687
+    ids = ids * _FACTORS[0]
+    ids = (ids ^ (ids >> 29)) * _FACTORS[1]
     return ids ^ (ids >> 32)
+
+
+def _wrapped(number: int) -> int:
+    """As an int64 wraps."""
+    return ((number + 2**63) & (2**64 - 1)) - 2**63
 
 
 class _Leaf(NamedTuple):
@@ -37,10 +46,28 @@ class _Leaf(NamedTuple):
     source: int  # of a unit, else 0
 
 
+class _Leaves(dict[int, _Leaf]):
+    """The leaves that Python was asked for; all are in `runs` of equal ones, which begin with the ids `firsts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.firsts: list[int] = []
+        self.runs: list[tuple[bool, int]] = []
+
+    def __missing__(self, leaf: int) -> _Leaf:
+        number = _wrapped(leaf * _FACTORS[0])
+        number = _wrapped((number ^ (number >> 29)) * _FACTORS[1])
+        self[leaf] = about = _Leaf(number ^ (number >> 32), *self.runs[bisect.bisect(self.firsts, leaf) - 1])
+        return about
+
+
 def narrow(*ids: Tensor) -> tuple[list[Tensor], torch.Size]:
     """Ids broadcast together, with one entry along every axis where none varies, and the shape to expand to."""
-    wide = torch.broadcast_tensors(*ids)
-    shape = wide[0].shape
+    shape = ids[0].shape
+    wide: Sequence[Tensor] = ids
+    if any(t.shape != shape for t in ids):
+        wide = torch.broadcast_tensors(*ids)
+        shape = wide[0].shape
     for axis, size in enumerate(shape):
         if size > 1 and all(same_along(t, axis) for t in wide):
             wide = [t.narrow(axis, 0, 1) for t in wide]
@@ -91,6 +118,7 @@ class Nodes:
     Attributes:
         sources: what the ids of units and of parameters stand for.
         mixes: ids that each mix is made of, and the operation that mixed them.
+        why: the operation whose result is being told, which mixes units.
     """
 
     def __init__(self) -> None:
@@ -99,6 +127,7 @@ class Nodes:
         self._leaves = torch.zeros(4096, dtype=torch.int64, device="cpu")
         self._used = 0
         self.size = 0
+        self.why = ""
         self.sources: list[Source] = []
         self.mixes: list[Mix] = []
         self._source_of: dict[tuple[str, int | None], int] = {}
@@ -107,7 +136,7 @@ class Nodes:
         self._mix_of: dict[int, int] = {}
         # of nodes that Python was asked for: the leaves of a small set, or None; and what a leaf is
         self._small: dict[int, tuple[int, ...] | None] = {}
-        self._about: dict[int, _Leaf] = {}
+        self._about = _Leaves()
         self._add(1)
         for _ in range(RANDOM):
             self._leaf(Source("", None, self.size, 1))
@@ -143,8 +172,11 @@ class Nodes:
         if source:
             self.sources.append(source)
             self.origin[new] = len(self.sources)
-        if source is None or source.axis is not None:
+        bare = source is None or source.axis is not None
+        if bare:
             self.bare[new] = ids
+        self._about.firsts.append(new.start)
+        self._about.runs.append((bare, len(self.sources) if source and bare else 0))
         return new
 
     def source(self, parameter: str, axis: int | None, count: int) -> Tensor:
@@ -164,21 +196,45 @@ class Nodes:
         """Whether each is zero where its units are."""
         return (self.bare[ids] == ids) & (ids > 0)
 
-    def source_of(self, unit: int) -> Source:
-        """The source of a unit or parameter."""
-        return self.sources[int(self.origin[unit]) - 1]
+    def source_of(self, node: int) -> Source | None:
+        """The source of a unit or parameter; None for all other nodes."""
+        number = int(self.origin[node])
+        return self.sources[number - 1] if number > 0 else None
 
     def join(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
         """The union of two ids, element by element."""
         if a is None or b is None:
             return b if a is None else a
-        (a, b), shape = narrow(a, b)
+        (a, b), shape = self.uncrossed((a, b))
+        if a.numel() == 1:
+            one, other = sorted((int(a), int(b)))
+            if one == other or not one:
+                return (a if int(a) else b).expand(shape)
         low, high = torch.minimum(a, b), torch.maximum(a, b)
         new = (low != high) & (low > 0)
         if new.any():
             pairs, where = torch.unique(low[new] * BASE + high[new], return_inverse=True)
             high[new] = self._joined(pairs)[where]
         return high.expand(shape)
+
+    def uncrossed(self, several: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
+        """As :func:`narrow`, of many ids such that one of two varies only where the other does.
+
+        Else every pair of theirs were a set, and who reads units of the one along its axis reads all of the other's.
+        Along its own axes the one that has fewer ids there is merged, data before mixes before units.
+        """
+        wide, shape = narrow(*several)
+        axes = [{i for i, n in enumerate(ids.shape) if n > 1 and not same_along(ids, i)} for ids in wide]
+        for one, other in itertools.combinations(range(len(wide)), 2):
+            own = {one: axes[one] - axes[other], other: axes[other] - axes[one]}
+            if all(own.values()):
+                sizes = {k: math.prod(wide[k].shape[i] for i in own[k]) for k in own}
+                kinds = {k: self.bare[kinds_of(wide[k])] for k in own}
+                ranks = {k: (bool(kinds[k].any()), bool(self.is_unit(kinds[k]).any()), sizes[k]) for k in own}
+                k = min(own, key=lambda k: ranks[k])
+                wide[k] = self.along(wide[k], own[k])
+                axes[k] -= own[k]
+        return narrow(*wide)[0], shape
 
     def union(self, several: Sequence[Tensor]) -> Tensor:
         """The union of ids, element by element, at least one."""
@@ -204,9 +260,10 @@ class Nodes:
         keys = pairs.tolist()
         if len(keys) <= QUICK:
             self._join_few([key for key in keys if key not in self._joins])
-        ids = torch.tensor([self._joins.get(key, 0) for key in keys], device="cpu")
-        fresh = ids == 0
-        if fresh.any():
+        known = [self._joins.get(key, 0) for key in keys]
+        ids = torch.tensor(known, device="cpu")
+        if not all(known):
+            fresh = ids == 0
             left, right = pairs[fresh] // BASE, pairs[fresh] % BASE
             sizes = self._sizes(left) + self._sizes(right)
             few = (self.left[left] == 0) & (self.left[right] == 0) & (sizes <= _FEW)
@@ -247,21 +304,13 @@ class Nodes:
             self._small[node] = tuple(self._leaves[first:end].tolist()) if end > first else None
         return self._small[node]
 
-    def _about_leaf(self, leaf: int) -> _Leaf:
-        if leaf not in self._about:
-            bare, origin = self._table[2:4, leaf].tolist()
-            number = int(scramble(torch.tensor(leaf, device="cpu")))
-            self._about[leaf] = _Leaf(number, bare == leaf, origin if bare == leaf and origin > 0 else 0)
-        return self._about[leaf]
-
     def _set_of(self, leaves: tuple[int, ...], new: list[tuple[tuple[int, ...], int]]) -> int:
         """The node of a small set, given by its sorted leaves, and 0 of an empty one; `new` ones with what is bare."""
-        total = sum(self._about_leaf(leaf).hash for leaf in leaves)
-        # as an int64 wraps
-        key = ((total + 2**63) & (2**64 - 1)) - 2**63
+        about = [self._about[leaf] for leaf in leaves]
+        key = _wrapped(sum(leaf.hash for leaf in about))
         if not leaves or key in self._sets:
             return self._sets[key] if leaves else 0
-        bare = tuple(leaf for leaf in leaves if self._about_leaf(leaf).bare)
+        bare = tuple(leaf for leaf, known in zip(leaves, about, strict=True) if known.bare)
         below = self._set_of(bare, new) if len(bare) < len(leaves) else -1
         node = self.size + len(new)
         new.append((leaves, node if below < 0 else below))
@@ -326,8 +375,14 @@ class Nodes:
         joined = self.join(self.stripped(a, self.clean(b)), self.stripped(b, self.clean(a)))
         return cast(Tensor, joined).expand(shape)
 
-    def merge(self, ids: Tensor, why: str) -> Tensor:
-        """The union over the last axis: [..., K] -> [...]. Units of one source are mixed, by the operation `why`."""
+    def mixed(self, kinds: Tensor) -> Tensor:
+        """One id for values that are made of all of some different ids [n], whatever these are; int64 []."""
+        if not self.bare[kinds].any():
+            return cast(Tensor, self.join(self.merge(kinds), torch.tensor(DATA, device="cpu")))
+        return self._mixed(kinds[None]).reshape(())
+
+    def merge(self, ids: Tensor) -> Tensor:
+        """The union over the last axis: [..., K] -> [...]. Units of one source are mixed."""
         (ids,), shape = narrow(ids)
         if not ids.numel():
             return ids.new_zeros(()).expand(shape[:-1])
@@ -344,13 +399,22 @@ class Nodes:
                 first = torch.full_like(keys, len(rows)).scatter_reduce_(
                     0, where, torch.arange(len(rows), device="cpu"), "amin"
                 )
-                high[mixed] = self._union(_distinct(rows[first]), why)[where]
+                high[mixed] = self._union(_distinct(rows[first]))[where]
             if padded.any():
                 # some of what is summed is a constant
                 high[padded] = self.with_one(high[padded])
         return high.expand(shape[:-1])
 
-    def _union(self, rows: Tensor, why: str) -> Tensor:
+    def along(self, ids: Tensor, axes: Collection[int]) -> Tensor:
+        """The union along some axes, at each place of them; one number has none."""
+        if not ids.dim():
+            return ids
+        (thin,), shape = narrow(ids)
+        kept = [axis for axis in range(ids.dim()) if axis not in axes]
+        merged = self.merge(thin.permute(kept + list(axes)).flatten(len(kept)))
+        return merged.reshape([1 if i in axes else n for i, n in enumerate(thin.shape)]).expand(shape)
+
+    def _union(self, rows: Tensor) -> Tensor:
         """One id for each row of distinct ids, filled up by zeros."""
         n, k = rows.shape
         if n * k <= QUICK:
@@ -362,7 +426,7 @@ class Nodes:
         if apart.any():
             out[apart] = self.union(rows[apart].unbind(-1))
         if mixed.any():
-            out[mixed] = self._mixed(rows[mixed], why)
+            out[mixed] = self._mixed(rows[mixed])
         return out
 
     def _meet(self, ids: Sequence[int]) -> bool:
@@ -374,7 +438,7 @@ class Nodes:
             leaves = self.leaves(torch.tensor([node], device="cpu"))[1].tolist() if small is None else small
             own: dict[int, set[int]] = {}
             for leaf in leaves:
-                own.setdefault(self._about_leaf(leaf).source, set()).add(leaf)
+                own.setdefault(self._about[leaf].source, set()).add(leaf)
             for source, units in own.items():
                 if source:
                     together.setdefault(source, set()).update(units)
@@ -400,7 +464,7 @@ class Nodes:
         mixed[everyone[total > most] // BASE] = True
         return mixed
 
-    def _mixed(self, rows: Tensor, why: str) -> Tensor:
+    def _mixed(self, rows: Tensor) -> Tensor:
         """The mix of each row of ids, filled up by zeros."""
         keys = scramble(rows).sum(-1).tolist()
         fresh = {key: i for i, key in enumerate(keys) if key not in self._mix_of}
@@ -408,7 +472,7 @@ class Nodes:
             new = self._leaf(None, len(fresh))
             self.mix[new] = torch.arange(len(self.mixes) + 1, len(self.mixes) + 1 + len(fresh), device="cpu")
             self.origin[new] = -self.mix[new]
-            self.mixes += [Mix(rows[i][rows[i] > 0], why) for i in fresh.values()]
+            self.mixes += [Mix(rows[i][rows[i] > 0], self.why) for i in fresh.values()]
             # a mix is data for whoever gates or shares it
             both = self.with_data(torch.arange(new.start, new.stop, device="cpu"))
             self._mix_of.update(zip(fresh, both.tolist(), strict=True))

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .nodes import BASE, DATA, ONE, RANDOM, Nodes, kinds_of, narrow, same_along
-from .running import Preserving, alive, constants, leaves_of, storage_key
+from .running import Preserving, alive, constants, is_view, leaves_of, storage_key
 from .snapshot import Snapshot
-from .unit_groups import label, norm_kind, norm_shape, own_tensors, shared_memory
+from .unit_groups import label, names_of, norm_kind, norm_shape, own_tensors, shared_memory
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)
@@ -131,6 +131,7 @@ class _Shadow(NamedTuple):
     run: int
     elements: int
     itemsize: int
+    whole: bool = False  # whether no element is known to be a constant
 
 
 class _Schema(NamedTuple):
@@ -206,7 +207,7 @@ class Trace(Preserving):
         outside: weights that were read elsewhere than in the forward of their own module.
         seen: parameters that were used; `used_by`: those that an operation without a rule used.
         branches: operations that handed a value to Python.
-        modules: of the model, by name.
+        modules: of the model, by name; `names`: by module.
         owners: name and module that each parameter and buffer belongs to.
         tied: parameters that share their memory, and with which.
         exits: paths of what is returned or kept.
@@ -245,7 +246,8 @@ class Trace(Preserving):
         self._why = ""
         self._probed: dict[Any, bool] = {}
         self._count, self._began, self._next_line = 0, time.monotonic(), _PATIENCE
-        self.modules = dict(model.named_modules())
+        self.names = names_of(model)
+        self.modules = {name: module for module, name in self.names.items()}
         for prefix, module in self.modules.items():
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.numel():
@@ -320,6 +322,9 @@ class Trace(Preserving):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if is_view(func, args):
+            self._count += 1
+            return out
         if isinstance(func, torch._ops.OpOverload) and func.namespace == "prim":
             # a question of a tensor that stands for another
             return out
@@ -329,7 +334,7 @@ class Trace(Preserving):
         with _disable_current_modes(), torch.no_grad():
             call = _Call(func, args, kwargs)
             at = label(*self._stack[-1]) if self._stack and self._stack[-1][0] else "the model"
-            self._why = f"{call.name} in {at}"
+            self._why = self.nodes.why = f"{call.name} in {at}"
             nested = any(t.is_nested for _, t in call.tensors) or any(
                 isinstance(t, Tensor) and t.is_nested for t in leaves_of(out)
             )
@@ -394,7 +399,7 @@ class Trace(Preserving):
                 ids_ = ids_.repeat(-(-shadow.elements // len(ids_)))[: shadow.elements]
             self._shadows[key] = shadow = shadow._replace(ids=ids_, run=1)
             ids = _seen_through(shadow, tensor)
-        return ids if narrow(ids)[0][0].any() else None
+        return ids if shadow.whole or narrow(ids)[0][0].any() else None
 
     def _hidden(self) -> Tensor:
         """Something made by code that is not followed, of whatever there was."""
@@ -462,7 +467,7 @@ class Trace(Preserving):
             flat = torch.empty(wide.numel(), dtype=torch.int64, device="cpu")
             strides = [stride // run if i in order else 0 for i, stride in enumerate(tensor.stride())]
             flat.as_strided(wide.shape, strides).copy_(wide)
-            self._shadows[key] = _Shadow(flat, run, elements, tensor.element_size())
+            self._shadows[key] = _Shadow(flat, run, elements, tensor.element_size(), bool(flat.all()))
             return
         if shadow is None:
             zeros = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -470,7 +475,7 @@ class Trace(Preserving):
         # the view may write into any part of it
         flat = shadow.ids.repeat_interleave(shadow.run) if shadow.run > 1 else shadow.ids
         flat = flat.repeat(-(-elements // len(flat)))[:elements]
-        self._shadows[key] = shadow._replace(ids=flat, run=1)
+        self._shadows[key] = shadow._replace(ids=flat, run=1, whole=False)
         # an expanded tensor writes one element many times
         shape = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         place = flat.as_strided(shape, tensor.stride(), tensor.storage_offset())
@@ -608,8 +613,8 @@ class Trace(Preserving):
 
     def _holds_data(self, ids: Tensor) -> bool:
         """Whether it is made of anything but parameters, constants and random numbers."""
-        _, leaf = self.nodes.leaves(kinds_of(ids))
-        return bool(((leaf == DATA) | (self.nodes.bare[leaf] > RANDOM)).any())
+        kinds = kinds_of(ids)
+        return bool(self.nodes.bare[kinds].any()) or bool((self.nodes.leaves(kinds)[1] == DATA).any())
 
     def _is_told(self, call: _Call, outs: Sequence[Tensor]) -> bool:
         """Whether results that no followed tensor is in may hold what Python, NumPy or others know of the data."""
@@ -683,8 +688,7 @@ class Trace(Preserving):
         ids = [i for _, t in call.tensors if (i := self.ids(t)) is not None]
         if not ids:
             return None
-        whole = self.nodes.merge(torch.cat([kinds_of(i) for i in ids]), self._why)
-        return self.nodes.with_data(whole)
+        return self.nodes.mixed(torch.unique(torch.cat([kinds_of(i) for i in ids])))
 
     def _rule(self, call: _Call, outs: Sequence[Tensor], tracked: set[str]) -> list[Tensor | None]:
         """The ids of what an operation returns, of which some argument has ids."""
@@ -699,7 +703,7 @@ class Trace(Preserving):
             self._use(op, self.parameter(*call.take(name)))
             if by := self._take_index(call, "grid"):
                 x = self._picked(x, first, by)
-            merged = nodes.merge(x.flatten(-n), self._why)
+            merged = nodes.merge(x.flatten(-n))
             return [merged.reshape(merged.shape + (1,) * n)] * len(outs)
         if op == "clone" or (op == "_to_copy" and outs[0].shape == first.shape):
             return [self._take_ids(call, name)]
@@ -722,12 +726,9 @@ class Trace(Preserving):
             return [nodes.with_one(reduced) if op in _NOT_ZERO else reduced] * len(outs)
         if op in ("_softmax", "_log_softmax", "_safe_softmax", "cumsum") and x is not None:
             call.take(name)
-            joined = x
-            if x.dim():
-                axis = call["dim"]
-                merged = nodes.merge(x.movedim(axis, -1), self._why).unsqueeze(axis).expand(x.shape)
-                joined = cast(Tensor, nodes.join(x, merged))
-            return [joined if op == "cumsum" else nodes.with_one(joined)]
+            # every element is made of all, and they are mixed in no other way than one by one
+            merged = nodes.along(x, [call["dim"] % x.dim()]) if x.dim() else x
+            return [merged if op == "cumsum" else nodes.with_one(merged)]
         if op in _TO_PYTHON and first.dtype == torch.bool:
             # a condition; a number would come back unseen
             call.take()
@@ -768,24 +769,29 @@ class Trace(Preserving):
                     ids[i] = zero
                     continue
             self._use(op, entry)
-        wide, shape = narrow(*(i.expand(out.shape) for i in ids))
+        tracked = [k for k, i in enumerate(ids) if i is not zero]
+        wide, shape = nodes.uncrossed([ids[k].expand(out.shape) for k in tracked] or [zero.expand(out.shape)])
         # 0: constant, 1: zero where its units are, 2: anything else
-        codes = [torch.where(i == 0, 0, 2 - nodes.clean(i).long()) for i in wide]
+        codes = [(i > 0).long() + (nodes.bare[i] != i) for i in wide]
         code = cast(Tensor, sum(c * 3**k for k, c in enumerate(codes)))
         result = nodes.union(wide)
-        for number in torch.unique(code).tolist():
-            kinds = [number // 3**k % 3 for k in range(len(wide))]
+        numbers = torch.unique(code).tolist()
+        for number in numbers:
+            kinds = [0] * len(ids)
+            for k, i in enumerate(tracked):
+                kinds[i] = number // 3**k % 3
             if 1 not in kinds:
                 continue
-            here = code == number
             # with its units, a layer's bias is zero too
             zeros = [kind == 1 or i in biases for i, kind in enumerate(kinds)]
             if not self._is_zero(call, tensors, kinds, zeros):
                 # of units, and not zero without them: this goes for the join only where no data is in it
-                result = torch.where(here, nodes.with_one(result), result)
+                new = nodes.with_one(result)
             elif 2 in kinds:
-                units = [nodes.bare[i] if kind == 2 else i for i, kind in zip(wide, kinds, strict=True)]
-                result = torch.where(here, nodes.union(units), result)
+                new = nodes.union([nodes.bare[i] if kinds[k] == 2 else i for i, k in zip(wide, tracked, strict=True)])
+            else:
+                continue
+            result = torch.where(code == number, new, result) if len(numbers) > 1 else new
         if self._may_be_told(call):
             # what is not zero without its units has one of the numbers in it
             data = torch.tensor(DATA, device="cpu")
@@ -828,7 +834,12 @@ class Trace(Preserving):
         module = self.owners[name][1]
         if not name.endswith("bias") or norm_kind(module):
             return False
-        _, leaves = self.nodes.leaves(kinds_of(ids))
+        kinds = kinds_of(ids)
+        maker = self.nodes.source_of(int(kinds[0]))
+        if maker is not None and maker.axis is not None and int(kinds[-1]) < maker.first + maker.size:
+            # in the usual case, all are units of one layer
+            return self.owners[maker.parameter][1] is module
+        _, leaves = self.nodes.leaves(kinds)
         units = leaves[self.nodes.is_unit(leaves)]
         makers = {self.nodes.sources[i - 1].parameter for i in torch.unique(self.nodes.origin[units]).tolist()}
         return bool(makers) and len(units) == len(leaves) and {self.owners[maker][1] for maker in makers} == {module}
@@ -879,8 +890,8 @@ class Trace(Preserving):
         for own, other in ((a, b), (b, a)):
             if own is not None and other is not None and self._is_computed(own):
                 self.refuse(other, f"{self._why} multiplies it by a weight that is computed, not a parameter")
-        rows = None if a is None else nodes.merge(a, self._why)[..., :, None].expand(out.shape)
-        columns = None if b is None else nodes.merge(b.transpose(-1, -2), self._why)[..., None, :].expand(out.shape)
+        rows = None if a is None else nodes.merge(a)[..., :, None].expand(out.shape)
+        columns = None if b is None else nodes.merge(b.transpose(-1, -2))[..., None, :].expand(out.shape)
         return self._with_bias(call, added, nodes.product(rows, columns))
 
     def _is_computed(self, ids: Tensor) -> bool:
@@ -925,7 +936,7 @@ class Trace(Preserving):
         name = entry[0]
         call.take("weight")
         if groups > 1 and groups == x.shape[1] and ids is not None and not transposed:
-            channels = self.nodes.merge(ids.flatten(2), self._why)
+            channels = self.nodes.merge(ids.flatten(2))
             if (self.nodes.bare[channels] > 0).any():
                 channels = channels.repeat_interleave(out.shape[1] // groups, 1)
                 self._record("pass", (name, 0), channels, 1)
@@ -1002,8 +1013,11 @@ class Trace(Preserving):
         for owner in owners:
             self._record("norm", owner, columns, axis)
         # of an instance norm on features without channels, a channel is a sample
+        thin = narrow(columns)[0][0]
+        if "batch" in op and thin.numel() == thin.shape[axis]:
+            return result
         if "batch" in op:
-            across = nodes.merge(columns.transpose(0, 1).flatten(1), self._why).reshape(-1, *(1,) * (ids.dim() - 2))
+            across = nodes.merge(columns.transpose(0, 1).flatten(1)).reshape(-1, *(1,) * (ids.dim() - 2))
             _, leaf = nodes.leaves(kinds_of(across))
             if bool((nodes.mix[leaf] > 0).any()):
                 result = cast(Tensor, nodes.join(result, across))
@@ -1021,9 +1035,10 @@ class Trace(Preserving):
         if ids is None or key not in ("weight", "bias"):
             return ""
         kinds = kinds_of(ids)
-        if len(kinds) != 1 or not int(self.nodes.origin[kinds[0]]) > 0:
+        source = self.nodes.source_of(int(kinds[0]))
+        if len(kinds) != 1 or source is None:
             return ""
-        name = self.nodes.source_of(int(kinds[0])).parameter
+        name = source.parameter
         owner, module = self.owners.get(name, ("", None))
         of_norm = module is not None and norm_kind(module).startswith("InstanceNorm")
         return owner if of_norm and name == _join(owner, key) else ""
@@ -1037,11 +1052,11 @@ class Trace(Preserving):
             ids = self._take_ids(call, name)
             if ids is not None and name != "value":
                 mixing.append(kinds_of(ids))
-        mixed = nodes.merge(torch.cat(mixing), self._why) if mixing else None
+        mixed = nodes.merge(torch.cat(mixing)) if mixing else None
         # one layer's units decide over all values, also where a single one does
         mixed = None if mixed is None else nodes.with_data(mixed)
         if value is not None:
-            value = nodes.merge(value.transpose(-1, -2), self._why)
+            value = nodes.merge(value.transpose(-1, -2))
             value = value.repeat_interleave(out.shape[-3] // value.shape[-2], -2) if value.dim() > 1 else value
             value = value[..., None, :].expand(out.shape)
         return nodes.product(value, None if mixed is None else mixed.expand(out.shape))
@@ -1116,7 +1131,7 @@ class Trace(Preserving):
         else:
             flat = op == "take_along_dim" and call["dim"] is None
             axes = list(range(x.dim())) if flat else [int(call["dim"]) % max(x.dim(), 1)]
-        anywhere = (lambda ids: self._along(ids, axes)) if by else (lambda ids: ids)
+        anywhere = (lambda ids: nodes.along(ids, axes)) if by else (lambda ids: ids)
         if by:
             x = self._picked(x, call.args[0], by)
         if op != "index_put":
@@ -1127,7 +1142,7 @@ class Trace(Preserving):
             rest = x.dim() - len(axes)
             lead = max(values.dim() - rest, 0)
             if lead:
-                merged = nodes.merge(values.reshape(-1, *values.shape[lead:]).movedim(0, -1), self._why)
+                merged = nodes.merge(values.reshape(-1, *values.shape[lead:]).movedim(0, -1))
                 values = merged.expand(values.shape)
         packet = torch.ops.aten.index_put.default
         after = packet(x, args[1], values.expand(values.shape), False)
@@ -1135,14 +1150,6 @@ class Trace(Preserving):
         if accumulates or by:
             after = cast(Tensor, nodes.join(anywhere(x), anywhere(after)))
         return after
-
-    def _along(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
-        """The union along some axes, at each place of them; one number has none."""
-        if not ids.dim():
-            return ids
-        kept = [axis for axis in range(ids.dim()) if axis not in axes]
-        merged = self.nodes.merge(ids.permute(kept + list(axes)).flatten(len(kept)), self._why)
-        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]).expand(ids.shape)
 
     def _add_at(self, call: _Call, out: Tensor) -> Tensor | None:
         """index_add and scatter_add: every place may receive what any row of the source holds."""
@@ -1153,20 +1160,20 @@ class Trace(Preserving):
             source = self._picked(source, call[name], by)
         if source is not None and source.dim():
             axis = call["dim"]
-            source = self.nodes.merge(source.movedim(axis, -1), self._why).unsqueeze(axis)
+            source = self.nodes.merge(source.movedim(axis, -1)).unsqueeze(axis)
             if all(n in (1, m) for n, m in zip(source.shape, out.shape, strict=True)):
                 source = source.expand(out.shape)
             else:
-                source = self.nodes.merge(source.flatten(), self._why).expand(out.shape)
+                source = self.nodes.merge(source.flatten()).expand(out.shape)
         return self.nodes.join(own, source)
 
     def _reduce(self, call: _Call, ids: Tensor) -> Tensor:
         axes = call["dim"]
         axes = list(range(ids.dim())) if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
         axes = [axis % ids.dim() for axis in axes] if ids.dim() else []
-        kept = [axis for axis in range(ids.dim()) if axis not in axes]
-        merged = self.nodes.merge(ids.permute(kept + axes).flatten(len(kept)), self._why) if axes else ids
-        return merged.reshape([1 if i in axes else n for i, n in enumerate(ids.shape)]) if call["keepdim"] else merged
+        merged = self.nodes.along(ids, axes) if axes else ids
+        place = slice(0, 1) if call["keepdim"] else 0
+        return merged[tuple(place if i in axes else slice(None) for i in range(ids.dim()))]
 
 
 _log = logging.getLogger("cbp_fast")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import math
@@ -236,6 +237,31 @@ def leaves_of(*values: Any) -> list[Any]:
     return found
 
 
+@functools.cache
+def _gives_views(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation does nothing but look at the memory of its first argument in another way."""
+    schema = func._schema
+    returns = [r.alias_info for r in schema.returns]
+    return (
+        not schema.is_mutable
+        and bool(returns)
+        and all(alias is not None and not alias.is_write for alias in returns)
+        and isinstance(schema.arguments[0].type, torch.TensorType)
+        and not any(isinstance(a.type, torch.TensorType) for a in schema.arguments[1:])
+        and func._overloadpacket.__name__ != "lift_fresh"
+        # what is made of others may copy, and is seen whole in inference mode
+        and torch._C._dispatch_has_kernel(func.name())
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
+
+
+def is_view(func: Any, args: Any) -> bool:
+    """Whether an operation gives views of its first argument, and nothing else."""
+    if not isinstance(func, torch._ops.OpOverload) or not _gives_views(func) or not args:
+        return False
+    return type(args[0]) in (Tensor, nn.Parameter) and args[0].layout == torch.strided and not args[0].is_nested
+
+
 def storage_key(tensor: Tensor) -> int:
     """Identifies the memory of a tensor, which its views share."""
     # sparse ones have none
@@ -308,6 +334,10 @@ class Preserving(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_view(func, args):
+            out = func(*args, **kwargs)
+            self._take_path(func, leaves_of(args, kwargs), leaves_of(out))
+            return out
         plain = isinstance(func, torch._ops.OpOverload)
         leaves = leaves_of(args, kwargs)
         taken = [t for t in leaves if isinstance(t, Tensor)]
@@ -332,12 +362,15 @@ class Preserving(TorchDispatchMode):
             read = not outs or (plain and torch.Tag.dynamic_output_shape in func.tags)
             self.drawn |= read
             self.hidden |= read and not all(isinstance(result, (bool, int, Tensor)) for result in results)
+        self._take_path(func, leaves, results)
+        return out
+
+    def _take_path(self, func: Any, leaves: Sequence[Any], results: Sequence[Any]) -> None:
         numbers = [n for n in leaves if type(n) is int]
         for result in results:
             numbers += result.shape if isinstance(result, Tensor) and not result.is_nested else ()
             numbers += (result,) if isinstance(result, (bool, int)) else ()
         self.path.append((func, tuple(numbers)))
-        return out
 
     def open(self, tensor: Tensor, why: str) -> None:
         """From now on code that is not followed may read and write its memory."""

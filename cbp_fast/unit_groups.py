@@ -169,13 +169,24 @@ class ResolvedGroup:
         return UnitGroup(self.name, incoming, outgoing, norms, None if has_name else n)
 
 
-def resolve(model: nn.Module, group: UnitGroup, tied: dict[str, str] | None = None) -> ResolvedGroup:
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules of a model with their names."""
+    return {module: name for name, module in model.named_modules()}
+
+
+def resolve(
+    model: nn.Module,
+    group: UnitGroup,
+    tied: dict[str, str] | None = None,
+    names: dict[nn.Module, str] | None = None,
+) -> ResolvedGroup:
     """Looks up the modules of a unit group and checks that they fit together.
 
     Args:
         model: The model that holds the layers.
         group: A group, found or given by hand.
         tied: What :func:`shared_memory` says of the model's :func:`own_tensors`, for whoever asks about many groups.
+        names: What :func:`names_of` says of it, likewise.
 
     Raises:
         TypeError: If a layer is of a kind that is not supported in its role.
@@ -186,7 +197,8 @@ def resolve(model: nn.Module, group: UnitGroup, tied: dict[str, str] | None = No
         raise TypeError(f"a unit group must be a UnitGroup, not {type(group).__name__}")
     check_model(model)
     try:
-        return _resolve(model, group, shared_memory(own_tensors(model)) if tied is None else tied)
+        tied = shared_memory(own_tensors(model)) if tied is None else tied
+        return _resolve(model, names_of(model) if names is None else names, group, tied)
     except (TypeError, ValueError) as error:
         raise type(error)(f"unit group '{group.name}': {error}") from None
 
@@ -280,8 +292,7 @@ def norm_kind(module: nn.Module | None) -> str:
     return next((name for name in names if name in NORMS), "")
 
 
-def _resolve(model: nn.Module, group: UnitGroup, tied: dict[str, str]) -> ResolvedGroup:
-    names = {module: name for name, module in model.named_modules()}
+def _resolve(model: nn.Module, names: dict[nn.Module, str], group: UnitGroup, tied: dict[str, str]) -> ResolvedGroup:
     members = {
         role: [(part, _look_up(model, names, part.layer if isinstance(part, Part) else part)) for part in parts]
         for role, parts in (("incoming", group.incoming), ("outgoing", group.outgoing), ("norms", group.norms))

@@ -414,7 +414,7 @@ REASONS = {
     ("weight norm", "2"): "its weight is computed (parametrized, pruned), not a parameter",
     ("lora", "0.b"): "'0.base.weight' is frozen (requires_grad is False)",
     ("one branch", "fc1"): "'short' (Linear) is not reached but has its width",
-    ("experts", "router"): "its features are mixed by max in the model",
+    ("experts", "router"): "its features are mixed by _softmax in the model",
 }
 
 

@@ -255,7 +255,7 @@ def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
             # one at a time: mixes are numbered as they are made
             for row in ids[torch.randint(len(ids), (4, 1, 5))]:
                 row[0, : int(torch.randint(3, ()))] = 0
-                found.append(table.merge(row, "sum"))
+                found.append(table.merge(row))
             ids = torch.cat([ids, *found])
 
         def leaves(node, table=table):
