@@ -147,6 +147,10 @@ class Engine:
         self.forget_forwards()
         self._prepare()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # activations that wait for the step are the original's
+        return self.__dict__ | {"_forwards": [], "_storages": set(), "_streams": set(), "_captured": False}
+
     @property
     def state(self) -> State:
         """The state, after a step that was cut short has been finished or taken back."""

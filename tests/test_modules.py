@@ -286,6 +286,24 @@ def test_a_whole_model_can_be_saved(trained, tmp_path):
     assert twin.cbp1._engine.state.weights[0].get() is twin.conv2.weight
 
 
+def test_a_model_that_is_saved_between_forward_and_step_keeps_its_forward_for_itself(trained, tmp_path):
+    model, optimizer = trained
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.Adam(twin.parameters())
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    x = torch.randn(4, 3, 8, 8)
+    for each, other in ((model, optimizer), (twin, twin_optimizer)):
+        other.zero_grad()
+        each(x).square().mean().backward()
+        if each is model:
+            torch.save(model, tmp_path / "model.pt")
+            copies = [copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+            assert [layer._engine.has_data for layer in layers(model)] == [True] * 3
+            assert not any(layer._engine.has_data for copied in copies for layer in layers(copied))
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def two_layers(**options):
     fc1, fc2, fc3 = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
     one, two = CBPLinear(fc1, fc2, **options), CBPLinear(fc2, fc3, **options)
