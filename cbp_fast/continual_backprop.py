@@ -425,8 +425,8 @@ class ContinualBackprop(Rates, Joinable):
             raise ValueError(f"the model has no unit group to work on:\n{why}")
         resolved = _filtered(every, asked.include, asked.exclude)
         if not resolved:
-            names = ", ".join(group.name for group in every)
-            raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {names}")
+            there = ", ".join(group.name for group in every)
+            raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {there}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
         modules.check_not_attached(resolved, self._engine, self._model.modules())

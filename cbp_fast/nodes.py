@@ -218,10 +218,11 @@ class Nodes:
         return high.expand(shape)
 
     def uncrossed(self, several: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
-        """As :func:`narrow`, of many ids such that one of two varies only where the other does.
+        """As :func:`narrow`; and of two of them, one varies only along axes along which the other does.
 
-        Else every pair of theirs were a set, and who reads units of the one along its axis reads all of the other's.
-        Along its own axes the one that has fewer ids there is merged, data before mixes before units.
+        Where each varies along axes of its own, every pair of ids would be a set, and a reader along one axis would
+        take all units of the other one. So one of the two is merged along its own axes: data before mixes before
+        units, and what has fewer ids there.
         """
         wide, shape = narrow(*several)
         axes = [{i for i, n in enumerate(ids.shape) if n > 1 and not same_along(ids, i)} for ids in wide]

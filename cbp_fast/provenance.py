@@ -99,26 +99,27 @@ class Exits(TorchFunctionMode):
             # it reads them past the dispatcher
             for t in (*args[1:], *(kwargs or {}).values()):
                 if isinstance(t, Tensor):
-                    self._leaves(t, "tensor_split() takes its values out of the model's operations", True)
+                    self._leaves(t, name, True)
         # the look itself asks for addresses, too
         ours = sys._getframe(1).f_globals.get("__name__") in _OURS
         if (array or name in _READING or name in _OPENING) and not ours:
             for t in args:
                 if isinstance(t, Tensor):
-                    self._leaves(t, f"{name}() takes its values out of the model's operations", name in _READING)
+                    self._leaves(t, name, name in _READING)
             if isinstance(out, Tensor) and name == "__deepcopy__":
                 self.trace.open(out, f"{name}() made it")
         return out
 
-    def _leaves(self, t: Tensor, why: str, read_only: bool) -> None:
+    def _leaves(self, t: Tensor, name: str, read_only: bool) -> None:
         entry = self.trace.parameter(t)
         if entry:
-            self.trace.roles[entry[0]].add(why.partition(" ")[0])
+            self.trace.roles[entry[0]].add(f"{name}()")
             return
+        why = f"{name}() takes its values out of the model's operations"
         if self.elsewhere:
             self.trace.open(t, why)
             return
-        if why.partition("(")[0] not in _NO_NUMBERS:
+        if name not in _NO_NUMBERS:
             self.trace.tell(t)
         if storage_key(t) in self.trace.made:
             self.trace.refuse(self.trace.ids(t), why)
