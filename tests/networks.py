@@ -335,6 +335,17 @@ def fused_glu():
     return gated(lambda m, x: m.down(F.glu(m.both(x))), both=nn.Linear(5, 12))
 
 
+def spatial_gate(tokens=2, width=6):
+    """The gating unit of a gMLP: one half of the features gates the other one, mixed over the tokens."""
+
+    def forward(m, x):
+        h, gate = F.gelu(m.both(x)).chunk(2, -1)
+        return m.down(h * m.across(m.norm(gate).transpose(1, 2)).transpose(1, 2))
+
+    both, norm, across = nn.Linear(5, 2 * width), nn.LayerNorm(width), nn.Linear(tokens, tokens)
+    return Net(forward, both=both, norm=norm, across=across, down=nn.Linear(width, 3))
+
+
 def fused_swiglu():
     def forward(m, x):
         gate, up = m.both(x).chunk(2, -1)

@@ -308,6 +308,7 @@ ZOO = {
     "gate and up": (networks.gated, ROWS, "gate: gate up -> down"),
     "glu": (networks.fused_glu, ROWS, "both: both both[6] -> down"),
     "fused gate and up": (networks.fused_swiglu, ROWS, "both: both both[6] -> down"),
+    "spatial gate": (networks.spatial_gate, SEQUENCE, "both:0-5: both -> down"),
     "u-net": (
         networks.UNet,
         IMAGES,

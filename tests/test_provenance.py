@@ -2,14 +2,16 @@
 
 import ctypes
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import Net
 from torch import nn
 
-from cbp_fast import nodes
+from cbp_fast import discovery, nodes
 from cbp_fast.discovery import explain, find_unit_groups
+from cbp_fast.running import forwards
 
 X = torch.randn(4, 6)
 
@@ -265,3 +267,12 @@ def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
         tables.append([(leaves(node), leaves(int(table.bare[node]))) for node in ids.tolist()])
         assert len(table.mixes) > 50
     assert tables[0] == tables[1]
+
+
+def test_the_table_grows_with_the_units_and_not_with_pairs_of_them():
+    sizes = []
+    for tokens, width in ((8, 16), (80, 160)):
+        model = networks.spatial_gate(tokens, width)
+        trace = discovery._run(model, forwards(torch.randn(2, tokens, 5)), ())
+        sizes.append(trace.nodes.size / sum(source.size for source in trace.nodes.sources))
+    assert sizes[1] < 1.2 * sizes[0]
