@@ -588,7 +588,12 @@ class Trace(Preserving):
                 self._use(op, self.parameter(tensor))
             # what an index of them chooses is another thing each time
             return [torch.tensor(RANDOM, device="cpu")] * len(outs) if seeded else []
-        tracked = {name for name, t in call.tensors if self.ids(t) is not None}
+        followed = [(name, ids) for name, t in call.tensors if (ids := self.ids(t)) is not None]
+        tracked = {name for name, _ in followed}
+        if all(_is_data(ids) for _, ids in followed) and tracked:
+            for tensor in call.take():
+                self._use(op, self.parameter(tensor))
+            return [torch.tensor(DATA, device="cpu")] * len(outs)
         if not tracked:
             taken = call.take()
             for tensor in taken:
@@ -775,24 +780,22 @@ class Trace(Preserving):
         # 0: constant, 1: zero where its units are, 2: anything else
         codes = [(i > 0).long() + (nodes.bare[i] != i) for i in wide]
         code = cast(Tensor, sum(c * 3**k for k, c in enumerate(codes)))
-        result = nodes.union(wide)
-        numbers = torch.unique(code).tolist()
-        for number in numbers:
+        joined = result = None
+        for number in torch.unique(code).tolist():
             kinds = [0] * len(ids)
             for k, i in enumerate(tracked):
                 kinds[i] = number // 3**k % 3
-            if 1 not in kinds:
-                continue
             # with its units, a layer's bias is zero too
             zeros = [kind == 1 or i in biases for i, kind in enumerate(kinds)]
-            if not self._is_zero(call, tensors, kinds, zeros):
-                # of units, and not zero without them: this goes for the join only where no data is in it
-                new = nodes.with_one(result)
-            elif 2 in kinds:
+            is_zero = 1 in kinds and self._is_zero(call, tensors, kinds, zeros)
+            if is_zero and 2 in kinds:
                 new = nodes.union([nodes.bare[i] if kinds[k] == 2 else i for i, k in zip(wide, tracked, strict=True)])
             else:
-                continue
-            result = torch.where(code == number, new, result) if len(numbers) > 1 else new
+                joined = nodes.union(wide) if joined is None else joined
+                # of units, and not zero without them: this goes for the join only where no data is in it
+                new = nodes.with_one(joined) if 1 in kinds and not is_zero else joined
+            result = new if result is None else torch.where(code == number, new, result)
+        assert result is not None
         if self._may_be_told(call):
             # what is not zero without its units has one of the numbers in it
             data = torch.tensor(DATA, device="cpu")
@@ -1191,6 +1194,12 @@ def _samples(dtype: torch.dtype, number: int) -> Tensor:
     if not (dtype.is_floating_point or dtype.is_complex):
         values = values.abs().ceil()
     return values.to(dtype)
+
+
+def _is_data(ids: Tensor) -> bool:
+    """Whether it is plain to see that all of it is data."""
+    (thin,), _ = narrow(ids)
+    return thin.numel() == 1 and int(thin) == DATA
 
 
 def _on_ids(func: Any, args: Any, kwargs: Any) -> Tensor:
