@@ -630,12 +630,13 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     """Units `heads` [N] with their sorted entries `rows` [3, E]: unit, layer, position."""
     n, head = len(heads), int(heads[0])
     places: dict[str, list[tuple[Any, Tensor]]] = defaultdict(list)
-    layers_, number = torch.unique(rows[1], return_inverse=True)
-    for i, at in zip(layers_.tolist(), _by_number(rows[2], number), strict=True):
+    numbers, number = torch.unique(rows[1], return_inverse=True)
+    for i, at in zip(numbers.tolist(), _by_number(rows[2], number), strict=True):
         role, key = facts.entries.layers[i]
         places[role].append((key, at.reshape(n, -1)))
     makes = sorted(places["make"], key=lambda place: place[0][2])
-    layers = [(trace.owners[key[0]][0], (int(at.min()), int(at.max()))) for key, at in makes + places["pass"]]
+    spans = ((key, *at.aminmax()) for key, at in makes + places["pass"])
+    layers = [(trace.owners[key[0]][0], (int(first), int(last))) for key, first, last in spans]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
     candidate.notes = [note for note, roots in facts.notes.items() if bool(roots[heads].any())]
     touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))

@@ -330,6 +330,9 @@ class Nodes:
             within = torch.arange(len(row), device="cpu") - (sizes.cumsum(0) - sizes)[row]
             rows.append(row)
             leaves.append(self._leaves[self._table[5, ids][row] + within])
+        if len(nodes) == 1:
+            # of each, they are kept so
+            return rows[0], leaves[0]
         return _sorted_pairs(torch.cat(rows), torch.cat(leaves))
 
     def _sets_of(self, row: Tensor, leaf: Tensor, count: int) -> Tensor:

@@ -317,8 +317,9 @@ class Trace(Preserving):
 
     def refuse(self, ids: Tensor | None, reason: str) -> None:
         """No unit in `ids` can be in a group."""
-        if ids is not None:
-            self.refused.append((kinds_of(ids), reason))
+        kinds = None if ids is None else kinds_of(ids)
+        if kinds is not None and self.nodes.bare[kinds].any():
+            self.refused.append((kinds, reason))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -545,9 +546,7 @@ class Trace(Preserving):
         for name, tensor in call.left:
             ids = self.ids(tensor)
             if ids is not None:
-                kinds = kinds_of(ids)
-                if self.nodes.bare[kinds].any():
-                    self.refuse(kinds, f"{self._why} has no rule for its argument '{name}'")
+                self.refuse(ids, f"{self._why} has no rule for its argument '{name}'")
                 rest = True
             self._use(op, self.parameter(tensor))
         for i, tensor in enumerate(outs):
@@ -665,10 +664,8 @@ class Trace(Preserving):
             ids = self.ids(tensor)
             if ids is None:
                 continue
-            kinds = kinds_of(ids)
-            if self.nodes.bare[kinds].any():
-                self.refuse(kinds, f"{self._why} takes it for an index")
-            by = by if by == DATA else RANDOM if bool((kinds == RANDOM).all()) else DATA
+            self.refuse(ids, f"{self._why} takes it for an index")
+            by = by if by == DATA else RANDOM if bool((kinds_of(ids) == RANDOM).all()) else DATA
         return by
 
     def _picked(self, ids: Tensor | None, value: Tensor, by: int) -> Tensor:

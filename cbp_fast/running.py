@@ -270,16 +270,12 @@ def storage_key(tensor: Tensor) -> int:
 
 def alive() -> set[int]:
     """Keys of the storages of all tensors that Python knows."""
-    is_tensor: dict[type, bool] = {}
+    things = gc.get_objects()
+    kinds = {cls for cls in set(map(type, things)) if issubclass(cls, Tensor)}
     keys = set()
-    for thing in gc.get_objects():
-        cls = type(thing)
-        known = is_tensor.get(cls)
-        if known is None:
-            known = is_tensor[cls] = issubclass(cls, Tensor)
-        if known:
-            with contextlib.suppress(Exception):  # some have no memory
-                keys.add(storage_key(thing))
+    for tensor in [thing for thing in things if type(thing) in kinds]:
+        with contextlib.suppress(Exception):  # some have no memory
+            keys.add(storage_key(tensor))
     return keys
 
 
