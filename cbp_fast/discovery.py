@@ -58,6 +58,8 @@ class NeedsInputs(ValueError):
     """The model's forward cannot be run on a guessed input."""
 
 
+# parts of a layer that are named
+_MOST_SPANS = 8
 # rows of one layer that may make one unit together (a fused gate and up: 2)
 _MAX_ROWS = 8
 _IRREGULAR = " in no regular order"
@@ -74,14 +76,14 @@ class _Candidate:
     """Units that the same layers make and read.
 
     Attributes:
-        layers: names of the modules that make them, and the first and last unit of each.
+        layers: names of the modules that make them, and the rows that are theirs in each, int64 [units, rows].
         reason: why they make no unit group; empty if they do.
         group: the unit group, if it can be written as one.
         coupled: whether readers see different sums of them.
         notes: what a user should know.
     """
 
-    layers: list[tuple[str, tuple[int, int]]]
+    layers: list[tuple[str, Tensor]]
     reason: str = ""
     group: UnitGroup | None = None
     resolved: ResolvedGroup | None = None
@@ -107,11 +109,13 @@ def find_unit_groups(
 ) -> list[UnitGroup]:
     """Finds the hidden units of a model, grouped by the layers that make, normalise and read them.
 
-    The model runs once, in the mode it is in, and every element of every activation is followed: a unit is a row of a
-    weight, and its features are where it is seen at the columns of other weights. Units that share a column, and so
-    can be re-initialised only together, are one. What an operation without a rule touches is left out, as is all that
-    :func:`explain` lists; nothing is guessed. What Python or NumPy read of the data and give back counts as data, as do
-    constants that data picks by an index: units that such is added to are left out.
+    The model runs once, or a few times where random numbers choose its path, in the mode it is in, and every element of
+    every activation is followed: a unit is a row of a weight, and its features are where it is seen at the columns of
+    other weights. Units that share a column, and so can be re-initialised only together, are one. What an operation
+    without a rule touches is left out, as is all that :func:`explain` lists; nothing is guessed. What Python or NumPy
+    read of the data and give back counts as data, as do constants that data picks by an index: units that such is added
+    to are left out. A number of the data that chooses the path, or places (``h.roll(int(n))``), is noted by
+    :func:`explain`: only what was taken was seen.
 
     Parameters, buffers, gradients, modes, random states and all that the model and the inputs hold in Python stay as
     they were, also if the forward raises (attributes of classes, globals, iterators and what threads own are out of
@@ -227,8 +231,8 @@ def _discover(
             candidate.reason = _may_share(unreached, candidate)
         if not candidate.reason and candidate.coupled and not include_coupled:
             candidate.reason = (
-                "several layers add into its units, and readers see different sums (a residual stream, or a shared "
-                "reader); include_coupled=True takes them together"
+                "its readers see different combinations of units (of a residual stream, into which several layers add, "
+                "or one of them is shared); include_coupled=True takes them together"
             )
         if not candidate.reason and verify:
             assert candidate.resolved is not None
@@ -635,8 +639,7 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
         role, key = facts.entries.layers[i]
         places[role].append((key, at.reshape(n, -1)))
     makes = sorted(places["make"], key=lambda place: place[0][2])
-    spans = ((key, *at.aminmax()) for key, at in makes + places["pass"])
-    layers = [(trace.owners[key[0]][0], (int(first), int(last))) for key, first, last in spans]
+    layers = [(trace.owners[key[0]][0], at) for key, at in makes + places["pass"]]
     candidate = _Candidate(layers, coupled=bool(facts.coupled[head]))
     candidate.notes = [note for note, roots in facts.notes.items() if bool(roots[heads].any())]
     touched = list(dict.fromkeys(key[0] for role in ("make", "pass", "read") for key, _ in places[role]))
@@ -653,7 +656,10 @@ def _candidate(model: nn.Module, trace: Trace, facts: _Facts, heads: Tensor, row
     if not candidate.reason and max(at.shape[1] for _, at in makes) > _MAX_ROWS:
         candidate.reason = "its units cannot be told apart where they are read"
     if not candidate.reason and facts.raw[head]:
-        candidate.reason = "its features are added to data that no unit makes, and share columns with it"
+        candidate.reason = (
+            "its columns hold data that no unit makes, too (added to it, beside it, or gated by it so that the data "
+            "does not vanish with the unit)"
+        )
     outside = [key[0] for key, _ in places["read"] if key[0] in trace.outside]
     if not candidate.reason and outside:
         owner = label(*trace.owners[outside[0]])
@@ -814,28 +820,27 @@ def _widths(module: nn.Module) -> Iterator[int]:
             yield from parameter.shape
 
 
-def _spans(rows: Sequence[tuple[int, int]]) -> str:
-    """First and last units of several parts, where they adjoin as one."""
-    spans: list[tuple[int, int]] = []
-    for first, last in sorted(rows):
-        if spans and first <= spans[-1][1] + 1:
-            spans[-1] = spans[-1][0], max(last, spans[-1][1])
-        else:
-            spans.append((first, last))
-    return ", ".join(f"{first}-{last}" for first, last in spans)
+def _spans(rows: Sequence[Tensor]) -> str:
+    """The rows of several parts, as messages say them: units 0-3, 5."""
+    every = torch.unique(torch.cat([part.flatten() for part in rows]))
+    runs = every.tensor_split(((every.diff() > 1).nonzero()[:, 0] + 1).tolist())
+    ends = [(int(run[0]), int(run[-1])) for run in runs[:_MOST_SPANS]]
+    spans = [str(first) if first == last else f"{first}-{last}" for first, last in ends]
+    more = [f"and {len(runs) - _MOST_SPANS} more parts"] if len(runs) > _MOST_SPANS else []
+    return f"unit{'s' if len(every) > 1 else ''} {', '.join(spans + more)}"
 
 
 def _left_out(model: nn.Module, trace: Trace, candidates: Sequence[_Candidate]) -> dict[str, str]:
     """By its label, why each layer makes no unit group, or which of its units do not."""
     modules = dict(model.named_modules())
-    reasons: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    reasons: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     taken = {name for candidate in candidates if not candidate.reason for name, _ in candidate.layers}
     for candidate in candidates:
         for name, rows in candidate.layers if candidate.reason else ():
             reasons[name][candidate.reason].append(rows)
     left: dict[str, str] = {}
     for name, why in reasons.items():
-        parts = [f"units {_spans(rows)}: {reason}" for reason, rows in why.items()]
+        parts = [f"{_spans(rows)}: {reason}" for reason, rows in why.items()]
         left[label(name, modules[name])] = next(iter(why)) if len(why) == 1 and name not in taken else "; ".join(parts)
     for name, module in modules.items():
         if name in reasons or name in taken:

@@ -57,7 +57,7 @@ def forwards(example_inputs: Any) -> list[Forward]:
     """Functions that run a model: one for each of the example inputs, which are a list where there are several."""
     several = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     runs = [inputs if is_function(inputs) else _call(inputs) for inputs in several]
-    if any(isinstance(run, Given) and run.empty for run in runs):
+    if not runs or any(isinstance(run, Given) and run.empty for run in runs):
         raise ValueError("the example_inputs are empty, and show nothing; a batch of two samples is enough")
     return runs
 

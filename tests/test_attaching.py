@@ -382,7 +382,7 @@ class Words(nn.Module):
 
 def test_an_empty_batch_shows_nothing():
     model = mlp()
-    for empty in (torch.zeros(0, 6), {"input": torch.zeros(0, 6)}, [torch.zeros(2, 6), torch.zeros(0, 6)]):
+    for empty in ([], torch.zeros(0, 6), {"input": torch.zeros(0, 6)}, [torch.zeros(2, 6), torch.zeros(0, 6)]):
         for look in (ContinualBackprop, cbp_fast.explain, cbp_fast.find_unit_groups):
             with pytest.raises(ValueError, match="example_inputs are empty"):
                 look(model, example_inputs=empty)

@@ -381,13 +381,24 @@ def test_groups_of_networks_that_people_train_pass_the_check(name):
     assert_verified(model, groups, double)
 
 
+def test_units_that_are_left_out_are_named_one_by_one():
+    def forward(m, x):
+        return m.b(m.a(x)[:, torch.tensor([0, 0, 2, 3, 4, 5, 6, 7, 8, 8])])
+
+    model = Net(forward, a=nn.Linear(5, 10), b=nn.Linear(10, 3))
+    assert lines(find_unit_groups(model, ROWS)) == {"a:2-7: a[2] -> b[2]"}
+    text = explain(model, ROWS)
+    assert "units 0, 8: the features of" in text
+    assert "units 1, 9: no layer reads it" in text
+
+
 REASONS = {
     ("vit", "head"): "it makes the model's output",
     (
         "vit",
         "patches",
-    ): "several layers add into its units, and readers see different sums (a residual stream, or a shared "
-    "reader); include_coupled=True takes them together",
+    ): "its readers see different combinations of units (of a residual stream, into which several layers add, "
+    "or one of them is shared); include_coupled=True takes them together",
     ("vit", "blocks.0.attention.qkv"): "units 0-15: its features are mixed by ",
     ("gpt", "tokens"): "'tokens.weight' is tied: it shares its memory with 'head.weight'",
     ("gpt", "head"): "'head.weight' is tied: it shares its memory with 'tokens.weight'",
@@ -645,13 +656,13 @@ REFUSED = {
         lambda: Net(lambda m, x: m.b(x + m.a(x)), a=nn.Linear(5, 5), b=nn.Linear(5, 3)),
         FLAT,
         "a",
-        "its features are added to data that no unit makes, and share columns with it",
+        "its columns hold data that no unit makes, too",
     ),
     "rows of the input": (
         lambda: Net(lambda m, x: m.b(torch.cat([x, m.a(x)])), a=nn.Linear(5, 5), b=nn.Linear(5, 3)),
         FLAT,
         "a",
-        "its features are added to data that no unit makes, and share columns with it",
+        "its columns hold data that no unit makes, too",
     ),
     "two producers in turn": (
         lambda: Net(
