@@ -22,10 +22,13 @@ from .running import (
     Forward,
     Given,
     Preserving,
+    alive,
+    constants,
     forwards,
     guesses,
     held_by,
     is_function,
+    leaves_of,
     numpy_state,
     reseed,
     runs_plainly,
@@ -330,13 +333,19 @@ def _shortened(
 
 def _path(model: nn.Module, run: Forward, snapshot: Snapshot | None = None) -> Any:
     """The operations of a forward that is not followed."""
-    untouching = untouched(model, *held_by(run), snapshot=snapshot)
-    with _looking(model), untouching as snapshot, Preserving(snapshot.tensors()) as mode:
+    with untouched(model, *held_by(run), snapshot=snapshot) as snapshot:
+        mode = Preserving(snapshot.tensors())
+        _run_under(mode, model, run)
+        return mode.path
+
+
+def _run_under(mode: Preserving, model: nn.Module, run: Forward) -> None:
+    with _looking(model):
         try:
-            run(model)
+            with mode:
+                run(model)
         finally:
             mode.restore()
-    return mode.path
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -413,9 +422,12 @@ def _run(model: nn.Module, runs: Sequence[Forward], ignored: tuple[str, ...]) ->
                 with _disable_current_modes():
                     trace.end()
                 if trace.unsure and not everything:
-                    # look again, knowing what there is
-                    everything, repeated, by_path, again = True, False, False, 0
-                elif not repeated:
+                    everything = True
+                    if _takes_unseen(model, run, snapshot):
+                        # look again, knowing what there is
+                        repeated, by_path, again = False, False, 0
+                        continue
+                if not repeated:
                     break
     return trace
 
@@ -426,6 +438,31 @@ def _takes(model: nn.Module, run: Forward, paths: set[int], snapshot: Snapshot) 
         return hash(tuple(_path(model, run, snapshot))) in paths
     except Exception:  # the user's code may raise anything; if it does so again, it is told
         return False
+
+
+class _Watching(Preserving):
+    """Notes whether an operation takes numbers that were neither there before nor made by one."""
+
+    unseen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in leaves_of(args, kwargs):
+            if isinstance(t, Tensor) and t.layout == torch.strided and t.is_floating_point() and not self.unseen:
+                key = storage_key(t)
+                self.unseen = key not in self.known and key not in self.made and t.untyped_storage().resizable()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _takes_unseen(model: nn.Module, run: Forward, snapshot: Snapshot) -> bool:
+    """Whether a forward that is not followed takes what was not there before it, made by code that is not seen."""
+    mode = _Watching()
+    mode.known = alive() | constants(model)
+    try:
+        with untouched(model, *held_by(run), snapshot=snapshot):
+            _run_under(mode, model, run)
+            return mode.unseen
+    except Exception:  # the user's code may raise anything; if it does so again, it is told
+        return True
 
 
 def _look(model: nn.Module, run: Forward, trace: Trace, snapshot: Snapshot, ignored: tuple[str, ...]) -> None:

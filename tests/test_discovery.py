@@ -1,6 +1,7 @@
 """Discovery: what is found, what is left out and why, and that rows, norm entries and columns belong to each other."""
 
 import copy
+import functools
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -618,7 +619,7 @@ REFUSED = {
         lambda: functional_mlp(lambda m, h: h / h[0, 0].item()),
         FLAT,
         "fc1",
-        "units 0-0: _local_scalar_dense in the model has no rule",
+        "unit 0: _local_scalar_dense in the model has no rule",
     ),
     "numpy": (
         lambda: branches(lambda h: torch.from_numpy(h.detach().numpy()).sum(-1, keepdim=True)),
@@ -670,7 +671,7 @@ REFUSED = {
         ),
         FLAT,
         "b",
-        "readers see different sums",
+        "readers see different combinations of units",
     ),
     "conv read without flatten": (lambda: two_convs(nn.Linear(4, 3)), IMAGE, "0", APART),
     "layer norm on one spatial axis": (lambda: two_convs(nn.LayerNorm(4)), IMAGE, "0", APART),
@@ -884,7 +885,33 @@ def test_all_units_that_are_left_out_are_told():
 
     model = Net(forward, qkv=nn.Linear(5, 24), out=nn.Linear(8, 3))
     assert "'qkv' (Linear)  units 0-15: its features are mixed by bmm" in explain(model, ROWS[:3])
-    assert discovery._spans([(8, 9), (0, 3), (4, 5), (2, 3)]) == "0-5, 8-9"
+    assert discovery._spans([torch.tensor(rows) for rows in ([8, 9], [0, 1, 2, 3], [4, 5], [2, 3])]) == "units 0-5, 8-9"
+    assert discovery._spans([torch.tensor([[7]])]) == "unit 7"
+    assert discovery._spans([torch.arange(0, 40, 2)]) == "units 0, 2, 4, 6, 8, 10, 12, 14, and 12 more parts"
+
+
+def test_what_a_cache_has_held_before_is_no_reason_to_follow_the_forward_twice(monkeypatch):
+    held = torch.randn(3, 5)
+    looks = []
+    look = discovery._look
+    monkeypatch.setattr(discovery, "_look", lambda *args: looks.append(1) or look(*args))
+    cached = functools.lru_cache(lambda: held * 2)
+    model = Net(lambda m, x: m.b(m.a(x + cached()).relu()), a=nn.Linear(5, 6), b=nn.Linear(6, 3))
+    model(ROWS[:3])
+    assert lines(find_unit_groups(model, ROWS[:3])) == {"a: a -> b"}
+    assert len(looks) == 1
+
+
+def test_what_is_made_anew_where_nothing_sees_it_may_be_of_any_units():
+    def forward(m, x):
+        h = m.a(x).relu()
+        with _disable_current_modes():
+            unseen = h.detach() * 2
+        return m.b(h) + unseen.sum()
+
+    model = Net(forward, a=nn.Linear(5, 6), b=nn.Linear(6, 3))
+    assert find_unit_groups(model, ROWS) == []
+    assert "takes what was made by code that cannot be followed" in explain(model, ROWS)
 
 
 def test_two_parts_of_a_layer_are_refused_for_two_reasons():
