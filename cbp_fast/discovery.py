@@ -512,7 +512,7 @@ class _Entries:
     def __init__(self) -> None:
         self.layers: list[tuple[str, Any]] = []
         self.starts = [0]
-        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.int64, device="cpu")]
+        self._pairs: list[Tensor] = []
 
     def add(self, role: str, key: Any, unit: Tensor, position: Tensor) -> None:
         self.layers.append((role, key))
@@ -520,8 +520,8 @@ class _Entries:
         self.starts.append(self.starts[-1] + int(position.max()) + 1)
 
     def pairs(self) -> Tensor:
-        """Units and places, int64 [2, E]."""
-        return torch.cat(self._pairs, 1)
+        """Units and places, int64 [2, E]; they are handed over."""
+        return _taken_together(self._pairs)
 
     def split(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's number and the position there of each place."""
@@ -563,7 +563,8 @@ class _Facts:
                 continue
             raw[leaf[dirty[at]]] = True
             first = torch.full_like(dirty, BASE, dtype=torch.int64).scatter_reduce_(0, at, leaf, "amin")
-            edges.append(torch.stack([leaf, first[at]]))
+            joined = torch.stack([leaf, first[at]])
+            edges.append(joined[:, joined[0] != joined[1]])
             total = torch.zeros(len(ids), dtype=torch.int64, device="cpu").index_add_(0, row, scramble(leaf))
             one = torch.zeros_like(total).index_copy_(0, row, leaf)
             sums.append(torch.stack([one, total])[:, total != 0])
@@ -587,16 +588,23 @@ class _Facts:
             _, leaf = nodes.leaves(torch.unique(ids))
             self.notes[note][leaf] = True
 
-        self.root = _connect(n, torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *edges], 1))
+        self.root = _connect(n, _taken_together(edges))
         for held in self.notes.values():
             held[self.root[held.nonzero()[:, 0]]] = True
         self.raw = torch.zeros_like(raw)
         self.raw[self.root[raw]] = True
         self.refusal = torch.full_like(self.refusal, BASE).scatter_reduce_(0, self.root, self.refusal, "amin")
-        one, total = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *sums], 1)
+        one, total = _taken_together(sums)
         zero, at = torch.zeros_like(self.root), self.root[one]
         low, high = (zero.scatter_reduce(0, at, total, how, include_self=False) for how in ("amin", "amax"))
         self.coupled = high != low
+
+
+def _taken_together(parts: list[Tensor]) -> Tensor:
+    """Pairs [2, ...] in one tensor; the list is emptied, so that they are held once."""
+    whole = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *parts], 1)
+    parts.clear()
+    return whole
 
 
 def _crowded(nodes: Nodes, row: Tensor, at: Tensor, unit: Tensor) -> Tensor:
@@ -630,6 +638,7 @@ def _candidates(model: nn.Module, trace: Trace) -> list[_Candidate]:
     if not len(unit):
         return []
     pairs = torch.unique(facts.root[unit] * BASE + place)
+    del unit, place
     rows = torch.stack([pairs // BASE, *facts.entries.split(pairs % BASE)])
     heads, index = torch.unique(rows[0], return_inverse=True)
     status = facts.refusal[heads] * 4 + facts.raw[heads] * 2 + facts.coupled[heads]
