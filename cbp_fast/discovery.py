@@ -866,6 +866,7 @@ def _widths(module: nn.Module) -> Iterator[int]:
             yield from parameter.shape
 
 
+@_disable_current_modes()
 def _spans(rows: Sequence[Tensor]) -> str:
     """The rows of several parts, as messages say them: units 0-3, 5."""
     every = torch.unique(torch.cat([part.flatten() for part in rows]))
