@@ -553,15 +553,16 @@ class _Facts:
             pairs_ = torch.unique(torch.cat([p * BASE + i for p, i in pairs]))
             place, ids = pairs_ // BASE, pairs_ % BASE
             row, leaf = nodes.leaves(ids)
-            causes.append((leaf[nodes.mix[leaf] > 0], BASE))
             is_unit = nodes.is_unit(leaf)
             at = place[row]
             dirty = torch.zeros(int(place.max()) + 1 if len(place) else 1, dtype=torch.bool, device="cpu")
-            dirty[at[leaf == DATA]] = role == "read"
-            row, at, leaf = row[is_unit], at[is_unit], leaf[is_unit]
+            if not is_unit.all():
+                causes.append((leaf[nodes.mix[leaf] > 0], BASE))
+                dirty[at[leaf == DATA]] = role == "read"
+                row, at, leaf = row[is_unit], at[is_unit], leaf[is_unit]
+                raw[leaf[dirty[at]]] = True
             if not len(leaf):
                 continue
-            raw[leaf[dirty[at]]] = True
             first = torch.full_like(dirty, BASE, dtype=torch.int64).scatter_reduce_(0, at, leaf, "amin")
             joined = torch.stack([leaf, first[at]])
             edges.append(joined[:, joined[0] != joined[1]])
