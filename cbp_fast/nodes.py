@@ -24,6 +24,8 @@ _FEW = 48
 _FACTORS = (-7046029254386353131, -4658895280553007687)
 # pairs, or ids in rows, up to which Python is quicker than some dozen operations on tensors
 QUICK = 64
+# elements up to which units are joined with others of their layer, pair by pair
+_WIDE = 4096
 
 
 def scramble(ids: Tensor) -> Tensor:
@@ -222,13 +224,13 @@ class Nodes:
 
         Where each varies along axes of its own, every pair of ids would be a set, and a reader along one axis would
         take all units of the other one. So one of the two is merged along its own axes: data before mixes before
-        units, and what has fewer ids there.
+        units, and what has fewer ids there. Not units with others of their own layer, of which few are one then.
         """
         wide, shape = narrow(*several)
         axes = [{i for i, n in enumerate(ids.shape) if n > 1 and not same_along(ids, i)} for ids in wide]
         for one, other in itertools.combinations(range(len(wide)), 2):
             own = {one: axes[one] - axes[other], other: axes[other] - axes[one]}
-            if all(own.values()):
+            if all(own.values()) and not (wide[0].numel() <= _WIDE and self._meeting(wide[one], wide[other])):
                 sizes = {k: math.prod(wide[k].shape[i] for i in own[k]) for k in own}
                 kinds = {k: self.bare[kinds_of(wide[k])] for k in own}
                 ranks = {k: (bool(kinds[k].any()), bool(self.is_unit(kinds[k]).any()), sizes[k]) for k in own}
@@ -236,6 +238,12 @@ class Nodes:
                 wide[k] = self.along(wide[k], own[k])
                 axes[k] -= own[k]
         return narrow(*wide)[0], shape
+
+    def _meeting(self, a: Tensor, b: Tensor) -> bool:
+        """Whether there are units of one source in both."""
+        leaves = [self.leaves(kinds_of(ids))[1] for ids in (a, b)]
+        sources = [torch.unique(self.origin[units[self.is_unit(units)]]) for units in leaves]
+        return bool(torch.isin(*sources).any())
 
     def union(self, several: Sequence[Tensor]) -> Tensor:
         """The union of ids, element by element, at least one."""

@@ -902,6 +902,15 @@ def test_what_a_cache_has_held_before_is_no_reason_to_follow_the_forward_twice(m
     assert len(looks) == 1
 
 
+def test_units_that_all_multiply_each_other_are_one():
+    model = Net(
+        lambda m, x: m.c((m.a(x)[:, :, None] * m.a(x)[:, None, :]).flatten(1)), a=nn.Linear(5, 4), c=nn.Linear(16, 3)
+    )
+    (group,) = find_unit_groups(model, ROWS, include_coupled=True)
+    assert resolve(model, group).num_units == 1
+    verify_unit_group(model, group, ROWS)
+
+
 def test_what_is_made_anew_where_nothing_sees_it_may_be_of_any_units():
     def forward(m, x):
         h = m.a(x).relu()
