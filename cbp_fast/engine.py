@@ -151,6 +151,11 @@ class Engine:
         # activations that wait for the step are the original's
         return self.__dict__ | {"_forwards": [], "_storages": set(), "_streams": set(), "_captured": False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # and so are those that are in the sums already
+        self.__dict__.update(state)
+        self._state.forget_forwards()
+
     @property
     def state(self) -> State:
         """The state, after a step that was cut short has been finished or taken back."""

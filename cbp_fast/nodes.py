@@ -21,6 +21,7 @@ DATA, ONE, RANDOM = 1, 2, 3
 BASE = 2**31  # ids are below it, so that a pair fits an int64
 # leaves up to which a set of them is kept by itself, so that equal sets are one node
 _FEW = 48
+# of a hash: odd, so that no two ids become one
 _FACTORS = (-7046029254386353131, -4658895280553007687)
 # pairs, or ids in rows, up to which Python is quicker than some dozen operations on tensors
 QUICK = 64

@@ -286,8 +286,11 @@ def test_a_whole_model_can_be_saved(trained, tmp_path):
     assert twin.cbp1._engine.state.weights[0].get() is twin.conv2.weight
 
 
-def test_a_model_that_is_saved_between_forward_and_step_keeps_its_forward_for_itself(trained, tmp_path):
+@pytest.mark.parametrize("summed", [False, True], ids=["held", "summed"])
+def test_a_model_that_is_saved_between_forward_and_step_keeps_its_forward_for_itself(trained, tmp_path, summed):
     model, optimizer = trained
+    for layer in layers(model):
+        layer._engine._inline = [summed] * len(layer._engine._inline)
     twin = copy.deepcopy(model)
     twin_optimizer = torch.optim.Adam(twin.parameters())
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
