@@ -28,7 +28,8 @@ import triton
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from cbp_fast import ContinualBackprop, Rule, UnitGroup, triton_kernels
+from cbp_fast import ContinualBackprop, Rule, UnitGroup
+from cbp_fast.backends.triton import kernels as triton_kernels
 from cbp_fast.bench import networks
 from cbp_fast.bench.step import compiled_select
 

@@ -65,7 +65,7 @@ def install(capability: int) -> None:
     import torch
     import triton
 
-    from cbp_fast import triton_backend
+    from cbp_fast.backends.triton import backend as triton_backend
 
     triton.runtime.driver.set_active(Driver(capability))
     # what is launched on the device of a tensor is launched on the CPU's

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbp_fast import ContinualBackprop, triton_backend, triton_kernels
+from cbp_fast import ContinualBackprop
+from cbp_fast.backends.triton import backend as triton_backend
+from cbp_fast.backends.triton import kernels as triton_kernels
 from cbp_fast.cli.info import versions
 
 RESULTS = Path(__file__).parent / "results" / "host_step.json"

@@ -34,8 +34,9 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
 from ahead_of_time import Specialisation, compiled  # noqa: E402
 from ptx_machine import Assembler, Launch  # noqa: E402
 
-from cbp_fast import ContinualBackprop, UnitGroup, triton_kernels  # noqa: E402
-from cbp_fast.triton_kernels import Job  # noqa: E402
+from cbp_fast import ContinualBackprop, UnitGroup  # noqa: E402
+from cbp_fast.backends.triton import kernels as triton_kernels  # noqa: E402
+from cbp_fast.backends.triton.kernels import Job  # noqa: E402
 
 BEFORE, NOW = (HERE / "results" / f"triton_tail{name}.json" for name in ("_before", ""))
 # microseconds

@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import cbp_fast
-from cbp_fast.unit_groups import LAYERS, kind, resolve
+from cbp_fast.groups.layers import LAYERS, kind
+from cbp_fast.groups.resolving import resolve
 
 # what discovery may take, in forwards or seconds, whichever is more, and in the memory of forwards or MB
 FORWARDS, SECONDS = 40, 2.0

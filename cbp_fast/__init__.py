@@ -1,17 +1,15 @@
 """Continual backpropagation for PyTorch, in fused kernels."""
 
-__version__ = "0.1.0"
-
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from .attaching import attached
-from .continual_backprop import ContinualBackprop
-from .discovery import explain, find_unit_groups
-from .modules import CBPConv, CBPLinear
-from .rules import Rule
-from .unit_groups import Part, UnitGroup
-from .verification import verify_unit_group
+from ._version import __version__ as __version__
+from .continual_backprop import ContinualBackprop, attached
+from .discovery.finding import explain, find_unit_groups
+from .discovery.verification import verify_unit_group
+from .groups.spec import Part, UnitGroup
+from .layers import CBPConv, CBPLinear
+from .rules.rule import Rule
 
 if _TYPE_CHECKING:
     from types import ModuleType as _ModuleType

@@ -19,48 +19,35 @@ from torch._C import _get_tracing_state as _tracing
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from . import modules
-from .attaching import (
-    FORGOTTEN,
-    Hook,
+from .discovery.finding import NeedsInputs, explain, find_unit_groups
+from .discovery.running import Given
+from .groups.layers import names_of
+from .groups.resolving import check_disjoint, resolve, strings
+from .groups.spec import Part, ResolvedGroup, UnitGroup
+from .hooks.forwards import Hook, forget_compiled, hang, take_off
+from .hooks.observing import in_functional_call, is_observed
+from .hooks.optimizers import (
     check_runs_hooks,
-    enlist,
-    forget_compiled,
-    hang,
+    inside_step,
     is_optimizer,
     let_go,
-    strike,
-    take_off,
+    skipped,
+    unwatch_skips,
+    watch_skips,
     with_inner,
 )
-from .discovery import NeedsInputs, explain, find_unit_groups
-from .distributed import Joinable, join_hook_of, join_processes, notify_join, several_processes, unwrapped
-from .dtensors import is_dtensor
-from .engine import (
-    Engine,
-    Rates,
-    checked_hyper,
-    checked_seed,
-    checked_state,
-    described,
-    in_functional_call,
-    is_observed,
-    step_together,
-)
-from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
-from .rules import Rule
-from .running import Given
-from .unit_groups import (
-    Part,
-    ResolvedGroup,
-    UnitGroup,
-    check_disjoint,
-    names_of,
-    own_tensors,
-    resolve,
-    shared_memory,
-    strings,
-)
+from .hooks.registry import FORGOTTEN, enlist, everyone, strike
+from .layers import check_not_attached
+from .parallel.processes import join_processes, several_processes, unwrapped
+from .rules.rule import Rule
+from .step.checkpoint import checked_state, described
+from .step.engine import Engine
+from .step.joining import Joinable, join_hook_of, notify_join
+from .step.rates import Rates
+from .step.settings import checked_hyper, checked_seed
+from .step.together import step_together
+from .tensors.memory import own_tensors, shared_memory
+from .tensors.parts import is_dtensor
 
 
 class _Nobody:
@@ -76,8 +63,8 @@ class _Recorder(Hook):
 
     __slots__ = ("engine", "slot")
 
-    def __init__(self, cbp: ContinualBackprop, engine: Engine, slot: int) -> None:
-        super().__init__(cbp)
+    def __init__(self, owner: ContinualBackprop, engine: Engine, slot: int) -> None:
+        super().__init__(owner)
         self.engine: Engine | _Nobody = engine
         self.slot = slot
 
@@ -97,7 +84,7 @@ class _Later(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if not is_compiling():
-            self.cbp._sweep()
+            self.owner._sweep()
 
 
 class _Asked(NamedTuple):
@@ -148,7 +135,7 @@ class _FirstForward(Hook):
         looks = module.training and is_grad_enabled() and not _tracing() and not is_compiling() and is_observed()
         # nor by parameters that are not the model's
         if looks and not in_functional_call():
-            self.cbp._attach_in_forward(args, kwargs or {})
+            self.owner._attach_in_forward(args, kwargs or {})
 
 
 class _Round:
@@ -429,7 +416,7 @@ class ContinualBackprop(Rates, Joinable):
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {there}")
         check_disjoint(resolved)
         _check_clarena(self._rule, resolved)
-        modules.check_not_attached(resolved, self._engine, self._model.modules())
+        check_not_attached(resolved, self._engine, self._model.modules())
         _check_optimizers(steppers, resolved)
         return resolved
 
@@ -462,7 +449,7 @@ class ContinualBackprop(Rates, Joinable):
     def _sweep(self) -> None:
         """Take off every hook of ours that is not in use."""
         used = {id(hook) for _, hook in self._hooks}
-        take_off({*self._model.modules(), *self._hung}, lambda hook: hook.cbp is self and id(hook) not in used)
+        take_off({*self._model.modules(), *self._hung}, lambda hook: hook.owner is self and id(hook) not in used)
         self._hung = [module for module, _ in self._hooks]
         steppers = self._steppers if self._hooks else []
         unused = [o for o in self._met if all(o is not other for other in steppers)]
@@ -797,6 +784,20 @@ class ContinualBackprop(Rates, Joinable):
 
     def __reduce__(self) -> Any:
         raise TypeError("a ContinualBackprop cannot be pickled; save its state_dict()")
+
+
+def attached(model: nn.Module) -> list[ContinualBackprop]:
+    """The `ContinualBackprop` objects that are attached to a model, or to a part of it, in the order of attaching.
+
+    Also those that nobody keeps: `for cbp in cbp_fast.attached(model): cbp.remove()` takes everything off.
+
+    Raises:
+        TypeError: if the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+    modules = set(model.modules())
+    return [cbp for cbp in everyone() if isinstance(cbp, ContinualBackprop) and not modules.isdisjoint(cbp._followed())]
 
 
 def _compared(places: list[_Place]) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch._C import _get_tracing_state as _tracing
 from torch.compiler import is_compiling
 
-from .attaching import Hook, hang, take_off
 from .continual_backprop import ContinualBackprop
-from .engine import is_observed
-from .reference import by_unit, columns_of
-from .state import Slot
+from .hooks.forwards import Hook, hang, take_off
+from .hooks.observing import is_observed
+from .state.layout import Slot, by_unit, columns_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -43,7 +43,7 @@ def _compile(specialisation):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cbp_fast import triton_kernels
+    from cbp_fast.backends.triton import kernels as triton_kernels
 
     name, meta, target = specialisation
     kernel = getattr(triton_kernels, name)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cbp_fast.unit_groups import out_axis, resolve, spatial_axes
+from cbp_fast.groups.layers import out_axis, spatial_axes
+from cbp_fast.groups.resolving import resolve
 
 _DEFAULTS = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 # float64, and what does not reach the output moves it by nothing at all

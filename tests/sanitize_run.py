@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cbp_fast import _C, ContinualBackprop, Rule, UnitGroup
-from cbp_fast.engine import Engine
-from cbp_fast.unit_groups import resolve
+from cbp_fast.groups.resolving import resolve
+from cbp_fast.step.engine import Engine
 
 GROUPS = 1000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as step_hooks
 
 import cbp_fast
 from cbp_fast import ContinualBackprop, UnitGroup, attached
-from cbp_fast.attaching import everyone
+from cbp_fast.hooks.registry import everyone
 
 EAGER = {"replacement_rate": 0.1, "maturity_threshold": 2, "decay_rate": 0.9, "seed": 7}
 GROUPS = [UnitGroup("a", "0", "2"), UnitGroup("b", "2", "4")]

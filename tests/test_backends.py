@@ -18,7 +18,7 @@ from test_parts import Conv1D
 from torch import nn
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup
-from cbp_fast.rules import INITS
+from cbp_fast.rules.rule import INITS
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),

@@ -42,7 +42,7 @@ def test_info_says_which_triton_and_whether_it_is_tested(version, line, monkeypa
     if version:
         monkeypatch.setattr("triton.__version__", version)
     else:
-        monkeypatch.setattr("cbp_fast.ops.find_spec", lambda name: None)
+        monkeypatch.setattr("cbp_fast.backends.registry.find_spec", lambda name: None)
     main(["info"])
     assert f"backend triton     {line}" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import cbp_fast
-import cbp_fast.state
+import cbp_fast.state.state
 from cbp_fast import ContinualBackprop, Rule, UnitGroup
 
 EAGER = {"replacement_rate": 0.1, "maturity_threshold": 2, "decay_rate": 0.9, "seed": 7}
@@ -439,7 +439,7 @@ def everything_equal(a, b):
 
 @pytest.mark.parametrize("rule", ["nature", "clarena"])
 def test_a_collision_of_random_streams_is_refused(monkeypatch, rule):
-    monkeypatch.setattr(cbp_fast.state, "stream_id", lambda name, group=False: 5 + group)
+    monkeypatch.setattr(cbp_fast.state.state, "stream_id", lambda name, group=False: 5 + group)
     with pytest.raises(ValueError, match=r"0\.weight and 1\.weight"):
         ContinualBackprop(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), rule=rule)
 

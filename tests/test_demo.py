@@ -11,7 +11,7 @@ import torch
 
 import cbp_fast
 from cbp_fast.cli import main
-from cbp_fast.demo import digits, problem, regression, report, training
+from cbp_fast.demo import digits, problems, regression, report, training
 
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 pytest.importorskip("matplotlib")
@@ -31,7 +31,7 @@ def settings(monkeypatch):
     """Changes settings of the problem that the test trains on."""
 
     def change(name="digits", rule="nature", **changes):
-        changed = dataclasses.replace(problem.load(name, rule), **changes)
+        changed = dataclasses.replace(problems.load(name, rule), **changes)
         monkeypatch.setattr(training, "load", lambda name, rule: changed)
         return changed
 
@@ -116,7 +116,7 @@ def test_every_rule_replaces_units_in_every_group(name, rule, settings, monkeypa
         return attached[0]
 
     monkeypatch.setattr(training, "ContinualBackprop", attach)
-    rate = max(problem.load(name, rule).replacement_rate, 1e-3)
+    rate = max(problems.load(name, rule).replacement_rate, 1e-3)
     settings(name, rule, maturity_threshold=20, replacement_rate=rate)
     train("cbp", name, rule)
     assert all(n > 0 for n in attached[0].num_replaced.values())
@@ -181,7 +181,7 @@ def test_plain_backprop_chooses_the_step_size_by_its_mean_over_the_whole_stream(
     if name == "regression":
         scores["cbp", 0.2] = (0, 0)
     rows = [report.Row(method, size, [history(*values)]) for (method, size), values in scores.items()]
-    both = report.compared(problem.load(name, "nature"), rows)
+    both = report.compared(problems.load(name, "nature"), rows)
     assert {method: row.step_size for method, row in both.items()} == {"backprop": chosen, "cbp": chosen}
 
 

@@ -18,10 +18,11 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from cbp_fast import discovery
-from cbp_fast.discovery import explain, find_unit_groups
-from cbp_fast.unit_groups import Part, UnitGroup, check_disjoint, resolve
-from cbp_fast.verification import verify_unit_group, verify_unit_groups
+from cbp_fast.discovery import finding as discovery
+from cbp_fast.discovery.finding import explain, find_unit_groups
+from cbp_fast.discovery.verification import verify_unit_group, verify_unit_groups
+from cbp_fast.groups.resolving import check_disjoint, resolve
+from cbp_fast.groups.spec import Part, UnitGroup
 
 
 def functional_mlp(function, **layers):
@@ -1525,7 +1526,7 @@ def test_groups_that_fail_the_check_are_left_out(monkeypatch):
     def refuse(model, group, runs, ignored):
         return SimpleNamespace(failure="so it is" if group.name == "2" else "", unshown="")
 
-    monkeypatch.setattr("cbp_fast.discovery.look", refuse)
+    monkeypatch.setattr("cbp_fast.discovery.finding.look", refuse)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     assert [g.name for g in find_unit_groups(model, ROWS)] == ["0", "2"]
     assert [g.name for g in find_unit_groups(model, ROWS, verify=True)] == ["0"]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from oracle import wrong_groups
 from torch import nn
 
-from cbp_fast.discovery import find_unit_groups
-from cbp_fast.unit_groups import Part, UnitGroup
+from cbp_fast.discovery.finding import find_unit_groups
+from cbp_fast.groups.spec import Part, UnitGroup
 
 # PyTorch's, of lines that nobody would write
 pytestmark = pytest.mark.filterwarnings("ignore")

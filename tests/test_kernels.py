@@ -13,9 +13,10 @@ from hypothesis import example, given, settings
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from cbp_fast import _C, ContinualBackprop, Rule, UnitGroup, reference
-from cbp_fast.engine import Engine
-from cbp_fast.unit_groups import resolve
+from cbp_fast import _C, ContinualBackprop, Rule, UnitGroup
+from cbp_fast.backends import reference
+from cbp_fast.groups.resolving import resolve
+from cbp_fast.step.engine import Engine
 
 SEED = 0x9E3779B97F4A7C15
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

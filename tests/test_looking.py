@@ -29,9 +29,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils import dlpack
 
 import cbp_fast
-from cbp_fast import discovery, snapshot
-from cbp_fast.discovery import explain, find_unit_groups
-from cbp_fast.running import Given
+from cbp_fast.discovery import finding as discovery
+from cbp_fast.discovery import snapshot
+from cbp_fast.discovery.finding import explain, find_unit_groups
+from cbp_fast.discovery.running import Given
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 

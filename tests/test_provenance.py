@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from networks import Net
 from torch import nn
 
-from cbp_fast import discovery, nodes
-from cbp_fast.discovery import explain, find_unit_groups
-from cbp_fast.running import forwards
+from cbp_fast.discovery import finding as discovery
+from cbp_fast.discovery import nodes
+from cbp_fast.discovery.finding import explain, find_unit_groups
+from cbp_fast.discovery.running import forwards
 
 X = torch.randn(4, 6)
 

@@ -5,11 +5,11 @@ import torch
 from test_discovery import ZOO
 
 from cbp_fast import ContinualBackprop, find_unit_groups
-from cbp_fast.engine import unobserved
-from cbp_fast.running import forwards
-from cbp_fast.snapshot import tensors_in
-from cbp_fast.unit_groups import resolve
-from cbp_fast.verification import _columns, _Uncoupled
+from cbp_fast.discovery.running import forwards
+from cbp_fast.discovery.snapshot import tensors_in
+from cbp_fast.discovery.verification import _columns, _Uncoupled
+from cbp_fast.groups.resolving import resolve
+from cbp_fast.hooks.observing import unobserved
 
 
 def outputs(model, runs):

@@ -18,8 +18,11 @@ from test_kernels import RULES, cases, check_step_on_whole_numbers, gamma
 from torch import nn
 from triton.runtime import interpreter
 
-from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup, engine, triton_backend, triton_kernels
-from cbp_fast.ops import backend_for
+from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup
+from cbp_fast.backends.registry import backend_for
+from cbp_fast.backends.triton import backend as triton_backend
+from cbp_fast.backends.triton import kernels as triton_kernels
+from cbp_fast.step import engine
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -580,7 +583,7 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
 
 
 def test_triton_is_not_installed(monkeypatch):
-    monkeypatch.setattr("cbp_fast.ops.find_spec", lambda name: None)
+    monkeypatch.setattr("cbp_fast.backends.registry.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="backend 'triton' needs Triton: pip install triton"):
         attach(mlp((4, 5, 2)), "triton")
 
@@ -595,7 +598,7 @@ def test_the_interpreter_serves_no_gpu():
 @pytest.mark.parametrize("version", ["3.5.1", "2.3.0+git1a2b", "3.2.0.post11"])
 def test_an_old_triton_is_refused_before_it_is_used(version, monkeypatch):
     monkeypatch.setattr(triton, "__version__", version)
-    monkeypatch.setattr("cbp_fast.ops._module_of", None)
+    monkeypatch.setattr("cbp_fast.backends.registry._module_of", None)
     assert backend_for(torch.device("cuda"), None, Rule.nature()) == "reference"
     with pytest.raises(ValueError, match=rf"must be 3.6 or newer and is {re.escape(version)} \(pip install \"triton>="):
         backend_for(torch.device("cpu"), "triton", Rule.nature())
@@ -681,8 +684,8 @@ def with_stream(monkeypatch):
     def step(seen, here):
         cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
         cbp._engine.record(0, torch.ones(3, 4))
-        cbp._engine._streams = {engine._Stream(*seen)}
-        monkeypatch.setattr(engine, "stream_of", lambda device: engine._Stream(*here))
+        cbp._engine._streams = {engine.Stream(*seen)}
+        monkeypatch.setattr(engine, "stream_of", lambda device: engine.Stream(*here))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
         kept = []
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
@@ -732,7 +735,7 @@ def test_kernels_are_compiled_when_attaching_and_once(monkeypatch, caplog):
 
     monkeypatch.setattr(triton_kernels, "compile_", compile_)
     monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
-    monkeypatch.setattr("cbp_fast.ops.why_not_triton", lambda *args: None)
+    monkeypatch.setattr("cbp_fast.backends.registry.why_not_triton", lambda *args: None)
     monkeypatch.setattr(triton_backend, "_QUICK", 0.01)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     mlp_cbp = attach(mlp((4, 5, 2)), "triton", capture="deferred")
@@ -899,10 +902,10 @@ def test_readers_of_a_group_lie_in_orders_of_their_own(orders, monkeypatch):
 def test_a_forward_that_sums_what_another_stream_held_keeps_it(monkeypatch):
     cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
     cbp._engine.record(0, torch.ones(3, 4))
-    cbp._engine._streams = {engine._Stream(1, False)}
+    cbp._engine._streams = {engine.Stream(1, False)}
     cbp._engine._inline[0] = True
     kept = []
-    monkeypatch.setattr(engine, "stream_of", lambda device: engine._Stream(2, False))
+    monkeypatch.setattr(engine, "stream_of", lambda device: engine.Stream(2, False))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 2)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
     cbp._engine.record(0, torch.ones(3, 4))

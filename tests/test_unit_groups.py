@@ -11,7 +11,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from cbp_fast import ContinualBackprop
-from cbp_fast.unit_groups import Part, UnitGroup, check_disjoint, overlap, own_tensors, resolve, shared_memory
+from cbp_fast.groups.resolving import check_disjoint, resolve
+from cbp_fast.groups.spec import Part, UnitGroup
+from cbp_fast.tensors.memory import overlap, own_tensors, shared_memory
 
 
 class LinearPlusOne(nn.Linear):

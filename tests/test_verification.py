@@ -15,8 +15,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from cbp_fast import UnitGroup, explain, find_unit_groups, verify_unit_group
-from cbp_fast.unit_groups import Part
-from cbp_fast.verification import _Uncoupled
+from cbp_fast.discovery.verification import _Uncoupled
+from cbp_fast.groups.spec import Part
 
 ROWS = torch.randn(5, 4)
 GROUP = UnitGroup("g", "a", "b")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cbp_fast import _C, CBPLinear, ContinualBackprop, Rule
-from cbp_fast.engine import step_together
+from cbp_fast.step.together import step_together
 
 RATES = {"replacement_rate": 0.4, "maturity_threshold": 0, "decay_rate": 0.9}
 RULES = {

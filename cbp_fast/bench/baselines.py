@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..unit_groups import UnitGroup, resolve
+from ..groups.resolving import resolve
+from ..groups.spec import UnitGroup
 
 
 class PerLayer(ABC):

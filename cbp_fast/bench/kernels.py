@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends.registry import functions_of
 from ..continual_backprop import ContinualBackprop
-from ..engine import Engine
-from ..ops import functions_of
+from ..step.engine import Engine
 from .networks import Network, build, chain, mlp
 from .step import backend_for_device
 from .timing import Options, Row, in_turns, row, timer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..unit_groups import UnitGroup
+from ..groups.spec import UnitGroup
 
 
 class Network(NamedTuple):

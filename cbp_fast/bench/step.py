@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from ..backends import reference
+from ..backends.registry import backend_for
 from ..continual_backprop import ContinualBackprop
-from ..ops import backend_for
-from ..rules import Rule
+from ..rules.rule import Rule
 from .networks import build, mlp
 from .timing import TUNED, Options, Row, Timer, Worker, hook_seconds, in_turns, row, timer
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..cli.interrupts import ignored
+from ..interrupts import ignored
 
 T = TypeVar("T")
 Name = TypeVar("Name", str, tuple[str, str])

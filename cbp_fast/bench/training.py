@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ..backends.registry import backend_for
 from ..continual_backprop import ContinualBackprop
-from ..ops import backend_for
-from ..rules import Rule
+from ..rules.rule import Rule
 from . import baselines
 from .networks import Network, build, conv_net, gpt, mlp, resnet18
 from .step import backend_for_device, compiled_select

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..interrupts import ignored
 from .arguments import FORMATS, count, device, file, seconds, unwritable
 from .info import cpu_name, versions
-from .interrupts import ignored
 
 if TYPE_CHECKING:
     from ..bench.timing import Options, Row

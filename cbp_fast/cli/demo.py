@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ..interrupts import ignored
 from .arguments import FORMATS, count, device, file, unwritable
 from .info import cpu_name, versions
-from .interrupts import ignored
 
 if TYPE_CHECKING:
     from ..demo.problem import Problem
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return _fail(wrong)
 
     from ..demo import report
-    from ..demo.problem import load
+    from ..demo.problems import load
     from ..demo.training import History, Run
 
     problem = load(args.problem, args.rule)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .. import _C, __version__
-from ..ops import TESTED_TRITON, is_tested_triton, triton_version, why_not_triton
-from ..rules import Rule
+from .._version import __version__
+from ..backends.registry import TESTED_TRITON, is_tested_triton, triton_version, why_not_triton
+from ..rules.rule import Rule
+from ..tensors.native import _C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

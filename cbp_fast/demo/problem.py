@@ -55,11 +55,3 @@ class Problem:
             torch.nn.init.zeros_(layer.bias)
             layers += [layer, torch.nn.ReLU()]
         return torch.nn.Sequential(*layers[:-1])
-
-
-def load(name: str, rule: str) -> Problem:
-    """The problem "digits" or "regression", as a rule of `ContinualBackprop` needs it."""
-    # not at the top: both modules import this one
-    from . import digits, regression
-
-    return {"digits": digits.problem, "regression": regression.problem}[name](rule)

@@ -12,9 +12,9 @@ from multiprocessing.queues import SimpleQueue
 import torch
 
 from .. import metrics
-from ..cli.interrupts import ignored
 from ..continual_backprop import ContinualBackprop
-from .problem import load
+from ..interrupts import ignored
+from .problems import load
 
 
 @dataclass(frozen=True)

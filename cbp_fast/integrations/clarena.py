@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop, _check_clarena
-from ..discovery import NeedsInputs, explain, find_unit_groups
-from ..engine import Engine, step_together
-from ..rules import Rule
-from ..running import unwrapped
-from ..unit_groups import ResolvedGroup, UnitGroup, resolve
+from ..discovery.finding import NeedsInputs, explain, find_unit_groups
+from ..discovery.running import unwrapped
+from ..groups.resolving import resolve
+from ..groups.spec import ResolvedGroup, UnitGroup
+from ..rules.rule import Rule
+from ..step.engine import Engine
+from ..step.together import step_together
 
 try:
     from clarena.cl_algorithms import CBP as _ClarenaCBP

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import metrics
 from ..continual_backprop import ContinualBackprop
-from ..state import Slot
+from ..state.layout import Slot
 
 try:
     from lightning import Callback, LightningModule, Trainer

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from training import IN, ONE_PROCESS, OUT, Run, attach, batches, differences, everything, network, spread, train
 
-from cbp_fast import CBPLinear, ContinualBackprop, Rule, UnitGroup, distributed
+from cbp_fast import CBPLinear, ContinualBackprop, Rule, UnitGroup
+from cbp_fast.parallel import processes as distributed
 
 RULES = {
     "nature": Rule.nature(transfer_bias=True),

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from cbp_fast import ContinualBackprop, Rule, distributed
+from cbp_fast import ContinualBackprop, Rule
+from cbp_fast.parallel import processes as distributed
 
 IN, OUT, BATCH = 6, 3, 16
 ONE_PROCESS = "one process"

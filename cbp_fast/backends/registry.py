@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..rules.rule import Rule
+from ..state.state import State
 from . import cpp, reference
-from .rules import Rule
-from .state import State
 
 BACKENDS = ("reference", "cpp", "triton")
 # what the tests run: the Triton of PyTorch 2.10, and the newest
@@ -35,7 +35,7 @@ class Functions(NamedTuple):
 def _module_of(backend: str) -> ModuleType:
     # that of Triton is imported on first use
     if backend == "triton":
-        from . import triton_backend
+        from .triton import backend as triton_backend
 
         return triton_backend
     return cpp if backend == "cpp" else reference

@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .attaching import FORGOTTEN, everyone
-from .distributed import several_processes
-from .dtensors import local
-from .engine import Engine, Rates, is_observed, step_together
-from .optimizer_state import inside_step, skipped, unwatch_skips, watch_skips
-from .rules import Rule
-from .unit_groups import ResolvedGroup, UnitGroup, resolve, shared_layer
-
-if TYPE_CHECKING:
-    from .continual_backprop import ContinualBackprop
+from .groups.resolving import resolve, shared_layer
+from .groups.spec import ResolvedGroup, UnitGroup
+from .hooks.observing import is_observed
+from .hooks.optimizers import inside_step, skipped, unwatch_skips, watch_skips
+from .hooks.registry import FORGOTTEN, Attached, everyone
+from .parallel.processes import several_processes
+from .rules.rule import Rule
+from .step.engine import Engine
+from .step.rates import Rates
+from .step.together import step_together
+from .tensors.parts import local
 
 # layers that were made, and copies that saw a forward; the optimizers that were ever seen to train each, all of which
 # keep state to reset; those that take turns; and those of them that are still to step
@@ -205,7 +206,7 @@ def _doubled(layers: list[_CBPLayer]) -> list[str]:
     for layer in layers:
         mine = layer._watched
         # one that was replaced by another may be there still, and saw its last forward before that one's first
-        twins: list[_CBPLayer | ContinualBackprop] = [
+        twins: list[_CBPLayer | Attached] = [
             other
             for other in by_maker[layer.in_layer]
             if other is not layer and other._watched.last >= mine.first and other._watched.first <= mine.last

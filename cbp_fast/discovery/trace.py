@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from ..groups.layers import label, names_of, norm_kind, norm_shape
+from ..tensors.memory import own_tensors, shared_memory
 from .nodes import BASE, DATA, ONE, RANDOM, Nodes, kinds_of, narrow, same_along
 from .running import Preserving, alive, constants, is_view, leaves_of, storage_key
 from .snapshot import Snapshot
-from .unit_groups import label, names_of, norm_kind, norm_shape, own_tensors, shared_memory
 
 _SUMMING = ("addmm", "baddbmm", "_sparse_addmm")
 _MATMULS = ("mm", "bmm", *_SUMMING)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..groups.layers import LAYERS, kind, label, make_width, norm_kind, norm_shape, out_axis, read_width
+from ..groups.resolving import resolve, strings
+from ..groups.spec import Part, ResolvedGroup, UnitGroup
 from .elsewhere import Elsewhere, followed
 from .nodes import BASE, DATA, Nodes, scramble
-from .provenance import Exits, Trace
 from .running import (
     Forward,
     Given,
@@ -39,21 +41,7 @@ from .running import (
     unwrapped,
 )
 from .snapshot import Snapshot, tensors_in
-from .unit_groups import (
-    LAYERS,
-    Part,
-    ResolvedGroup,
-    UnitGroup,
-    kind,
-    label,
-    make_width,
-    norm_kind,
-    norm_shape,
-    out_axis,
-    read_width,
-    resolve,
-    strings,
-)
+from .trace import Exits, Trace
 from .verification import check_memory, look
 
 

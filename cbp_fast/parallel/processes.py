@@ -5,25 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .dtensors import Place, is_dtensor, place_of
-from .unit_groups import Member, ResolvedGroup, inside, out_axis, read_width
-
-if TYPE_CHECKING:
-    from .engine import Engine
-
-if dist.is_available():
-    from torch.distributed.algorithms.join import Join, JoinHook
-    from torch.distributed.algorithms.join import Joinable as Joinable
-else:
-
-    class Joinable:  # type: ignore[no-redef]
-        """Stands in where PyTorch was built without torch.distributed."""
+from ..groups.layers import inside, out_axis, read_width
+from ..groups.spec import Member, ResolvedGroup
+from ..tensors.parts import Place, is_dtensor, place_of
 
 
 @dataclass(frozen=True)
@@ -203,33 +193,3 @@ def _tensor_parallel(model: nn.Module) -> dict[Tensor, range]:
             data = 2 if placements[0].is_replicate() and not replicate else 1
         found[p] = range(min(data, len(placements)), len(placements))
     return found
-
-
-def notify_join(joinable: Joinable) -> None:
-    """Tell processes without data, in `torch.distributed.algorithms.Join`, that this one takes a step."""
-    Join.notify_join_context(joinable)
-
-
-def join_hook_of(engine: Engine) -> JoinHook:
-    """What a process without data does while others still have some."""
-    return JoinHook() if engine.processes is None else _JoinHook(engine, engine.processes)
-
-
-if dist.is_available():
-
-    class _JoinHook(JoinHook):
-        """Takes part in the reductions of the processes that still have data, and gets their state in the end."""
-
-        def __init__(self, engine: Engine, processes: Processes) -> None:
-            self.engine, self.processes = engine, processes
-
-        def main_hook(self) -> None:
-            if self.engine.enabled:
-                state = self.engine.state
-                self.processes.reduce_(torch.zeros_like(state.flat[: state.reduced])).wait()
-
-        def post_hook(self, is_last_joiner: bool) -> None:
-            group, buffer = self.processes.group, self.engine.state.buffer
-            source = torch.tensor(dist.get_rank(group) if is_last_joiner else -1, device=buffer.device)
-            dist.all_reduce(source, op=dist.ReduceOp.MAX, group=group)
-            dist.broadcast(buffer, group=group, group_src=int(source))

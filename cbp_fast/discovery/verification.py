@@ -18,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .dtensors import is_dtensor
+from ..groups.layers import out_axis, read_width, spatial_axes
+from ..groups.resolving import resolve, strings
+from ..groups.spec import Member, ResolvedGroup, UnitGroup
+from ..tensors.parts import is_dtensor
 from .running import (
     Forward,
     Preserving,
@@ -32,7 +35,6 @@ from .running import (
     unwrapped,
 )
 from .snapshot import Snapshot, tensors_in
-from .unit_groups import Member, ResolvedGroup, UnitGroup, out_axis, read_width, resolve, spatial_axes, strings
 
 # rounds of forwards at least, also for a model that draws random numbers; a group of N units has as many as N has
 # binary digits

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dtensors import Place
-from .state import DRAW, TRANSFER, Layout, Region, Slot, State, conv_groups_here
-from .unit_groups import out_axis
+from ..groups.layers import out_axis
+from ..state.layout import DRAW, TRANSFER, Layout, Region, by_unit, columns_of, conv_groups_here
+from ..state.state import State
+from ..tensors.parts import Place
 
 _MASK = 0xFFFFFFFF
 
@@ -53,23 +54,6 @@ def draw(element: Tensor, seed: Tensor, step: Tensor, stream: int, distribution:
         return (radius * torch.where(element & 1 == 0, angle.cos(), angle.sin()) * bound).float()
     r = unit_uniform(element, seed, step, stream)
     return r if distribution == "unit" else (2 * r - 1) * bound
-
-
-def columns_of(h: Tensor, slot: Slot) -> Tensor:
-    """What a reading layer sees of the group, as [samples, positions, columns seen here]."""
-    axis = h.dim() - 1 - slot.spatial
-    h = h.narrow(axis, slot.first_seen, slot.here.stop - slot.here.start)
-    if slot.spatial == 0:
-        return h.reshape(-1, 1, h.shape[-1])
-    if axis == 0:
-        h = h[None]
-    return h.flatten(2).transpose(1, 2)
-
-
-def by_unit(columns: Tensor, slot: Slot) -> Tensor:
-    """A slot's columns as a view [units, columns a unit]."""
-    _, unit_stride, per_unit, position_stride = slot.block
-    return columns.as_strided((len(columns) // per_unit, per_unit), (unit_stride, position_stride))
 
 
 def bias_correction(age: Tensor, decay_rate: Tensor) -> Tensor:

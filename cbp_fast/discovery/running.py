@@ -23,10 +23,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .dtensors import is_dtensor
-from .engine import unobserved
+from ..groups.layers import LAYERS, inside, kind, label, read_width, spatial_axes
+from ..hooks.observing import unobserved
+from ..tensors.parts import is_dtensor
 from .snapshot import Snapshot, is_array, tensors_in
-from .unit_groups import LAYERS, inside, kind, label, read_width, spatial_axes
 
 Forward = Callable[[nn.Module], Any]
 

@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import numbers
-import operator
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from itertools import chain, compress
-from operator import attrgetter, getitem, is_
-from types import FrameType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from operator import attrgetter, getitem
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling, is_exporting
-from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
-from . import cpp
-from .distributed import Processes
-from .dtensors import is_dtensor, local, local_activations
-from .ops import backend_for, functions_of, prepare_triton, why_not_triton
-from .optimizer_state import slots_of, state_of
-from .rules import Rule
-from .state import DTYPES, TRANSFER, State, TensorRef
-from .unit_groups import ResolvedGroup
-
-# what "auto" may hold of storages of activations beyond their backward pass; what comes after is summed at once
-_HELD_BYTES = {"auto": 4 * 2**20, "deferred": 2**62, "inline": -1}
-
-
-class _Here(threading.local):
-    unobserved = False
-
-
-_here = _Here()
-
-
-def is_observed() -> bool:
-    """Whether forwards of this thread are recorded."""
-    return not _here.unobserved
-
-
-@contextlib.contextmanager
-def unobserved() -> Iterator[None]:
-    """Forwards of this thread are not recorded: they only look at a model."""
-    before, _here.unobserved = _here.unobserved, True
-    try:
-        yield
-    finally:
-        _here.unobserved = before
-
+from ..backends import cpp
+from ..backends.registry import backend_for, functions_of, prepare_triton, why_not_triton
+from ..groups.spec import ResolvedGroup
+from ..hooks.observing import _here, in_functional_call
+from ..parallel.processes import Processes
+from ..rules.rule import Rule
+from ..state.layout import TRANSFER, TensorRef
+from ..state.state import State
+from ..tensors.memory import copy_buffer, extent_of, is_fake, room_of
+from ..tensors.native import DTYPES, nbytes, unwritable
+from ..tensors.parts import is_dtensor, local, local_activations
+from .checkpoint import checked_state, described
+from .forwards import Forward, Stream, stream_of
+from .journal import Journal
+from .known import Known
+from .optimizer_state import slots_of
+from .settings import HELD_BYTES, checked_hyper, checked_seed
 
 # of the Linear layers that the kernels read; what has more is read as two axes
 _MOST_AXES = 8
 
-
-def in_functional_call() -> bool:
-    """Whether the caller runs within `torch.func.functional_call`, whose parameters may not be the model's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is stateless._functional_call.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
 _version_of = attrgetter("_version")
 _size_of = torch.UntypedStorage.nbytes
-_is_trained = attrgetter("requires_grad")
 
 
 class Engine:
@@ -83,7 +45,7 @@ class Engine:
     A view keeps all of its storage, so that is what counts as held, once for all views of a step: what would bring
     "auto" beyond 4 MiB of storages is summed in its forward, a small view of a large tensor too.
 
-    A step is whole or nothing, whatever ends it: see `_Journal`.
+    A step is whole or nothing, whatever ends it: see `Journal`.
 
     Args:
         capture: "deferred" holds activations until the step, which then reads everything in one pass; "inline" sums
@@ -114,8 +76,8 @@ class Engine:
         self.capture = capture
         self.enabled = True
         # of a step, or of a forward's sums, under way
-        self._journal: _Journal | None = None
-        self._room = _HELD_BYTES[capture]
+        self._journal: Journal[Engine] | None = None
+        self._room = HELD_BYTES[capture]
         self._split = processes is not None and processes.split
         self.use(backend_for(device, backend, rule, self._split))
         self.groups = list(groups)
@@ -174,7 +136,7 @@ class Engine:
         self._functions = functions_of(backend)
         # nothing is read back from a device: all is checked, and gathered, before anything runs there
         self.chooses_alone = backend == "triton" or self._device.type != "cpu"
-        self._known: _Known | None = None
+        self._known: Known | None = None
 
     @property
     def backend(self) -> str:
@@ -239,12 +201,12 @@ class Engine:
             return
         if self._journal is not None:
             self._journal.settle()
-        nbytes = self._nbytes(h)
-        if nbytes < 0 and not self._stands_for_one(slot, h):
+        size = self._nbytes(h)
+        if size < 0 and not self._stands_for_one(slot, h):
             return
         h = h.detach()
         # of an expanded tensor there is less memory than elements, too
-        if nbytes > 0 and h.untyped_storage().nbytes() < nbytes:
+        if size > 0 and h.untyped_storage().nbytes() < size:
             why = self._why_unreadable(slot, h)
             if why is not None:
                 self._leave_out([(slot, why)])
@@ -262,13 +224,13 @@ class Engine:
         if self._device.type == "cuda":
             self._streams.add(stream_of(self._device))
         # one call: no interrupt finds half of it
-        self._forwards.append(_Forward(slot, h, h._version, storage, size, total))
+        self._forwards.append(Forward(slot, h, h._version, storage, size, total))
         self._storages.add(key)
 
     def _nbytes(self, h: Tensor) -> int:
         """Bytes of activations; -1 where they have no memory of their own on the state's device."""
         if self._device.type == "cpu":
-            return cpp.nbytes(h)
+            return nbytes(h)
         return -1 if h.device != self._device or is_functorch_wrapped_tensor(h) else h.nbytes
 
     def _stands_for_one(self, slot: int, h: Tensor) -> bool:
@@ -292,7 +254,7 @@ class Engine:
         features = h.shape[h.dim() - 1 - spatial]
         if features != seen:
             return f"have {features} features, not {seen} as at attach"
-        if type(h) is Tensor and _room_of(h) < _extent_of(h):
+        if type(h) is Tensor and room_of(h) < extent_of(h):
             return "were freed"
         return None
 
@@ -328,7 +290,7 @@ class Engine:
             ((slot, h),) = forwards
             self._functions.capture_(self._state, slot, h)
             return
-        journal = _Journal([self])
+        journal = Journal([self])
         try:
             journal.keep(self)
             for slot, h in forwards:
@@ -400,7 +362,7 @@ class Engine:
     def _add_up(self, with_weights: bool) -> None:
         assert self.processes is not None
         slots, held = self._intact()
-        journal = _Journal([self])
+        journal = Journal([self])
         try:
             journal.keep(self)
             self._attempt(self._functions.sum_, with_weights, held, slots)
@@ -454,7 +416,7 @@ class Engine:
         if self._known is None or not self._known.still(optimizers):
             self.check_tensors()
             numbers, tensors = self._collected(optimizers)
-            self._known = None if self._in_parts else _Known(self._state, optimizers, numbers, tensors)
+            self._known = None if self._in_parts else Known(self._state, optimizers, numbers, tensors)
             return numbers, tensors
         return self._known.numbers, self._known.tensors
 
@@ -514,11 +476,11 @@ class Engine:
 
     def finish(self) -> None:
         """Forget what is held: it has been used, or is not wanted."""
-        self._forwards: list[_Forward] = []
+        self._forwards: list[Forward] = []
         # of what is held, by address
         self._storages: set[int] = set()
         # on which they were seen
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         # whether forwards are in the state that are in no sums of the processes
         self._captured = False
 
@@ -540,11 +502,11 @@ class Engine:
 
     def keep(self) -> None:
         """Keep the state as it is, for `restore`."""
-        _copy(self._state.backup, self._state.buffer)
+        copy_buffer(self._state.backup, self._state.buffer)
 
     def restore(self) -> None:
         """Take back what was done since the state was kept."""
-        _copy(self._state.buffer, self._state.backup)
+        copy_buffer(self._state.buffer, self._state.backup)
 
     def to(self, device: torch.device) -> None:
         """Follow the model to another device. Forwards since the last step are forgotten."""
@@ -595,7 +557,7 @@ class Engine:
             fields[name].zero_()
         if state.deviations:
             state.deviations = theirs["deviations"]
-        _copy(state.buffer, buffer)
+        copy_buffer(state.buffer, buffer)
         self.set_hyper(**{key: theirs[key] for key in self._hyper})
         self.finish()
 
@@ -658,291 +620,6 @@ class Engine:
         return tensor
 
 
-class Rates:
-    """The rates of an engine, checked when they are set."""
-
-    _engine: Engine
-
-    @property
-    def replacement_rate(self) -> float:
-        """Share of the mature units replaced each step; may be set between steps."""
-        return self._engine.hyper["replacement_rate"]
-
-    @replacement_rate.setter
-    def replacement_rate(self, value: float) -> None:
-        self._engine.set_hyper(replacement_rate=value)
-
-    @property
-    def maturity_threshold(self) -> float:
-        """Steps for which a new unit is protected; may be set between steps."""
-        return self._engine.hyper["maturity_threshold"]
-
-    @maturity_threshold.setter
-    def maturity_threshold(self, value: float) -> None:
-        self._engine.set_hyper(maturity_threshold=value)
-
-    @property
-    def decay_rate(self) -> float:
-        """Decay of the running utility a step; may be set between steps."""
-        return self._engine.hyper["decay_rate"]
-
-    @decay_rate.setter
-    def decay_rate(self, value: float) -> None:
-        self._engine.set_hyper(decay_rate=value)
-
-
-def checked_seed(capture: str, seed: int | None) -> int | None:
-    """The seed as an integer of Python; raises ValueError for a capture or a seed that is none."""
-    if capture not in _HELD_BYTES:
-        raise ValueError(f"capture is {capture!r}, must be one of {', '.join(_HELD_BYTES)}")
-    if seed is None:
-        return None
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = -(2**64)
-    if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed is {seed!r}, must be an integer of 64 bits")
-    return number
-
-
-def checked_hyper(values: Mapping[str, Any]) -> dict[str, float]:
-    """A replacement_rate, maturity_threshold or decay_rate as numbers of Python.
-
-    Raises:
-        TypeError, ValueError: one is no number, or lies out of range.
-    """
-    checked: dict[str, float] = {}
-    for name, given in values.items():
-        if isinstance(given, bool) or not isinstance(given, numbers.Real):
-            raise TypeError(f"{name} is {_shown(given)}, must be a number")
-        value = int(given) if isinstance(given, numbers.Integral) else float(given)
-        if name == "maturity_threshold":
-            if not 0 <= value < 2**63:
-                raise ValueError(f"maturity_threshold is {_shown(given)}, must be a number of steps, at least 0")
-        elif not 0 <= value <= 1:
-            raise ValueError(f"{name} is {_shown(given)}, must lie in [0, 1]")
-        if name == "decay_rate" and value == 1:
-            raise ValueError("decay_rate is 1, which would never let a utility change; must be below 1")
-        checked[name] = value
-    return checked
-
-
-def described(rule: Rule) -> dict[str, Any]:
-    """A rule as a `state_dict` holds it."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
-
-
-def step_together(engines: Sequence[Engine], optimizers: Sequence[Optimizer]) -> None:
-    """One step of several engines: all choose, then what they chose is re-initialised in order; all of it or nothing.
-
-    Raises:
-        RuntimeError: a tensor is not what it was at attach, or cannot be reset. Nothing has changed then.
-    """
-    if is_compiling():
-        # a step belongs into no graph
-        return torch.compiler.disable(step_together)(engines, optimizers)
-    for engine in engines:
-        if engine._journal is not None:
-            engine._journal.settle()
-        engine.add_up()
-    # what can be wrong is found before the first weight is written, and before anything that cannot be taken back
-    due = {engine: engine.collect(optimizers) for engine in engines if engine.chooses_alone}
-    journal = _Journal(engines)
-    try:
-        for engine in engines:
-            journal.keep(engine)
-            if not engine.select():
-                due.pop(engine, None)
-            elif not engine.chooses_alone:
-                due[engine] = [], []
-        for engine in due:
-            if not engine.chooses_alone:
-                due[engine] = engine.collect(optimizers)
-        journal.finish(due)
-    except BaseException:
-        journal.settle()
-        raise
-
-
-class _Journal:
-    """How far a step has come, or the adding of forwards to the sums: what is cut short is taken back or finished.
-
-    Until all that is to be written is known, and is known to be writable, the engines can be put back to what they
-    were before. From then on it goes forward only: what was chosen is in the state, so that writing it again writes
-    the same. Each mark is one assignment, after what it stands for, so that any exception finds one of the two. The
-    engines are settled before the exception goes on; if that is cut short as well, by the next use of one of them.
-    """
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        self._engines = engines
-        self._kept: list[Engine] = []
-        self._due: Mapping[Engine, tuple[list[int], list[Tensor]]] | None = None
-        self._captured = False
-        self._done = False
-        self._thread = threading.get_ident()
-        self._is_cut = False
-
-    def keep(self, engine: Engine) -> None:
-        """Before an engine's state is changed."""
-        engine._journal = self
-        engine.keep()
-        self._kept.append(engine)
-
-    def finish(self, due: Mapping[Engine, tuple[list[int], list[Tensor]]], captured: bool = False) -> None:
-        """Write everything that is due, and forget what is held.
-
-        Args:
-            captured: whether the sums have something that no process has added up.
-        """
-        if self._done:
-            # a signal's handler looked at the state meanwhile and found it as it was before
-            for engine in self._kept:
-                engine.restore()
-            return
-        for engine in due:
-            engine._state.redo = {}
-        self._captured = captured
-        self._due = due
-        for engine, what in due.items():
-            engine.reinit(*what)
-        self._end()
-
-    def settle(self) -> None:
-        """Take back or finish what was cut short."""
-        if self._thread != threading.get_ident() and not self._is_cut:
-            # another thread is at it
-            return
-        self._is_cut = True
-        if self._done:
-            pass
-        elif self._due is None:
-            for engine in self._kept:
-                engine.restore()
-        else:
-            for engine, what in self._due.items():
-                engine.reinit_again(*what)
-        self._end()
-
-    def _end(self) -> None:
-        for engine in self._engines if self._due is not None and not self._done else ():
-            engine.finish()
-            engine._captured = self._captured
-        self._done = True
-        for engine in self._engines:
-            engine._state.redo = None
-            if engine._journal is self:
-                engine._journal = None
-
-
-class _Forward(NamedTuple):
-    """What one reading layer saw in one forward, held until the step."""
-
-    slot: int
-    h: Tensor
-    version: int
-    storage: torch.UntypedStorage
-    size: int  # of the storage, in bytes
-    total: int  # bytes of all storages held, up to this one
-
-
-class _Stream(NamedTuple):
-    """A CUDA stream, and whether a graph of what it does is captured."""
-
-    stream: int
-    capturing: bool
-
-
-def stream_of(device: torch.device) -> _Stream:
-    """The current stream of a CUDA device."""
-    with torch.cuda.device(device) if torch.cuda.current_device() != device.index else contextlib.nullcontext():
-        return _Stream(torch._C._cuda_getCurrentRawStream(device.index), torch.cuda.is_current_stream_capturing())
-
-
-class _Known:
-    """What a step works on, as it was last checked; as long as nothing of it has changed, it is not checked again."""
-
-    def __init__(
-        self, state: State, optimizers: Sequence[Optimizer], numbers: list[int], tensors: list[Tensor]
-    ) -> None:
-        self.numbers, self.tensors = numbers, tensors
-        every = [*state.weights, *(r.ref for r in state.regions), *(r.weight for r in state.regions if r.weight)]
-        refs = list({(id(ref.owner), ref.key): ref for ref in every}.values())
-        self._owners, self._keys = [ref.owner for ref in refs], [ref.key for ref in refs]
-        self._mine = [ref.get() for ref in refs]
-        self._parameters = [tensor for ref, tensor in zip(refs, self._mine, strict=True) if ref.is_parameter]
-        self._optimizers = list(optimizers)
-        # the parameters that have state, and what holds it; then what those of the groups hold
-        self._entries = _entries_of(optimizers)
-        ids = set(map(id, self._parameters))
-        pairs = ((p, kept) for o in optimizers for p, kept in state_of(o).items() if id(p) in ids)
-        self._kept = [kept for _, kept in pairs]
-        # a mapping of another kind may make its values anew
-        self._plain = all(type(kept) is dict for kept in self._kept)
-        values = self._values() if self._plain else []
-        self._types = list(map(type, values))
-        self._are_tensors = [isinstance(value, Tensor) for value in values]
-        self._slots = list(compress(values, self._are_tensors))
-        known = set(map(id, self._mine))
-        self._watched: list[Any] = [*self._mine, *(t for t in tensors if id(t) not in known)]
-        self._layout, _ = cpp.describe(self._watched)
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._kept)))
-
-    def still(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether every tensor is the one that it was, with the memory layout, type and device that it had."""
-        if not self._plain or not _same(optimizers, self._optimizers):
-            return False
-        values = self._values()
-        return (
-            _same(list(map(dict.get, self._owners, self._keys)), self._mine)
-            and _same(_entries_of(optimizers), self._entries)
-            and list(map(type, values)) == self._types
-            and _same(list(compress(values, self._are_tensors)), self._slots)
-            and all(map(_is_trained, self._parameters))
-            and cpp.describe(self._watched)[0] == self._layout
-        )
-
-
-def _entries_of(optimizers: Sequence[Optimizer]) -> list[Any]:
-    """All keys and values of the optimizers' states."""
-    states = list(map(state_of, optimizers))
-    return [*chain.from_iterable(states), *chain.from_iterable(s.values() for s in states)]
-
-
-def _same(mine: Sequence[object], theirs: Sequence[object]) -> bool:
-    """Whether two lists hold the same objects; tensors compare by their values."""
-    return len(mine) == len(theirs) and all(map(is_, mine, theirs))
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers."""
-    return isinstance(tensor, FakeTensor) or torch._is_functional_tensor(tensor)
-
-
-def _copy(to: Tensor, source: Tensor) -> None:
-    """Copy one buffer to another."""
-    if to.is_cpu:
-        cpp.copy_(to, source)
-    else:
-        to.copy_(source)
-
-
-def _room_of(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its memory; -1 where that cannot be asked."""
-    try:
-        return int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
-    except (NotImplementedError, RuntimeError):
-        return -1
-
-
-def _extent_of(tensor: Tensor) -> int:
-    """Bytes from a dense tensor's first element to the end of its last."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size() if tensor.numel() else 0
-
-
 def _check_slot(key: object, name: str, parameter: Tensor, slot: Tensor) -> None:
     if slot.device != parameter.device or slot.layout != torch.strided or slot.dtype not in DTYPES:
         raise RuntimeError(
@@ -953,7 +630,7 @@ def _check_slot(key: object, name: str, parameter: Tensor, slot: Tensor) -> None
 
 def _check_memory(tensors: list[Tensor], names: Sequence[str], layer: str) -> None:
     """Raises RuntimeError for a tensor that has no memory of its own, or none that can be written."""
-    found = cpp.unwritable(tensors, list(map(_room_of, tensors)))
+    found = unwritable(tensors, list(map(room_of, tensors)))
     if found is not None:
         number, why = found
         of = f"{layer}: " if layer else ""
@@ -982,139 +659,3 @@ def _one_device(groups: Sequence[ResolvedGroup]) -> torch.device:
     device = next(iter(names))
     # of weights that are still to come the state is there already
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a `state_dict` in which every entry is of the kind and size that it is in `own`.
-
-    Args:
-        own: what this network saves; groups that are not known yet may be a function of their names.
-
-    Raises:
-        ValueError: an entry is not as it must be.
-    """
-    theirs = _entries(state_dict, "state_dict", own)
-    rule = theirs["rule"]
-    if not isinstance(rule, Mapping):
-        raise ValueError(f"state_dict was saved with another rule: {_shown(rule)}")
-    rule = _entries(rule, "state_dict['rule']", own["rule"])
-    differ = [
-        f"{key}={_shown(rule[key])}, not {mine!r}"
-        for key, mine in own["rule"].items()
-        if type(rule[key]) is not type(mine) or rule[key] != mine
-    ]
-    if differ:
-        raise ValueError(f"state_dict was saved with another rule: {'; '.join(differ)}")
-    try:
-        hyper = checked_hyper({key: theirs[key] for key in own if key.endswith(("_rate", "_threshold"))})
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"state_dict: {error}") from None
-    numbers = {key: _checked_entry(key, theirs[key], own[key]) for key in ("seed", "step")}
-    measured = {}
-    if "deviations" in own:
-        mine = own["deviations"]
-        deviations = _entries(theirs["deviations"], "state_dict['deviations']", mine)
-        measured["deviations"] = {
-            str(name): _checked_entry(f"deviation of {_shown(name)}", value, 0.0) for name, value in deviations.items()
-        }
-    known = own["groups"]
-    groups = _entries(theirs["groups"], "state_dict['groups'] (another network?)", known)
-    checked: dict[str, dict[str, Any]] = {}
-    for name, group in groups.items():
-        what = f"group '{name}'" if type(name) is str else f"group {_shown(name)}"
-        mine = known[name] if known is not None else _group_like(group, own["rule"])
-        group = _entries(group, f"state_dict of {what}", mine)
-        checked[name] = {key: _checked_entry(f"{key} of {what}", group[key], value) for key, value in mine.items()}
-    return {"rule": dict(own["rule"]), **hyper, **numbers, **measured, "groups": checked}
-
-
-def _group_like(group: Any, rule: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group's entries must be, of which nothing is known but what was saved."""
-    utility, mean = (group.get(key) if type(group) is dict else None for key in ("utility", "running_mean"))
-    n = _length(utility)
-    double = type(utility) is Tensor and utility.dtype == torch.float64
-    like: dict[str, Any] = {
-        "utility": torch.empty(n, dtype=torch.float64 if double else torch.float32, device="cpu"),
-        "age": torch.empty(n, dtype=torch.int32, device="cpu"),
-        "pending": 0.0,
-        "num_replaced": 0,
-    }
-    if Rule(**rule).keeps_mean:
-        like["running_mean"] = torch.empty(_length(mean), dtype=torch.float64, device="cpu")
-    return like
-
-
-def _length(vector: Any) -> int:
-    return len(vector) if type(vector) is Tensor and not vector.is_nested and vector.dim() == 1 else 0
-
-
-def _entries(theirs: Any, what: str, mine: Mapping[str, Any] | None) -> dict[Any, Any]:
-    """The entries of a mapping, which must have the keys of `mine`, if those are known."""
-    if not isinstance(theirs, Mapping):
-        raise ValueError(f"{what} is a {type(theirs).__name__}, must be a mapping")
-    try:
-        entries = {key: theirs[key] for key in theirs}
-        keys = set(entries)
-        wrong_type = [key for key in keys if type(key) is not str]
-        missing, unexpected = (set(), set()) if mine is None else (mine.keys() - keys, keys - mine.keys())
-    except Exception as error:
-        raise ValueError(f"{what} cannot be read: {_shown(error)}") from None
-    if missing or unexpected or wrong_type:
-        extra = sorted(_shown(key) for key in {*unexpected, *wrong_type})
-        gone = sorted(missing) or "nothing"
-        raise ValueError(f"{what}: missing {gone}, unexpected {', '.join(extra[:20]) or 'nothing'}")
-    return entries
-
-
-def _checked_entry(what: str, theirs: Any, mine: Any) -> Any:
-    """A copy of one entry of a `state_dict`."""
-    if isinstance(mine, Tensor):
-        return _checked_tensor(what, theirs, mine)
-    kind = numbers.Integral if isinstance(mine, int) else numbers.Real
-    least = -(2**63) if what == "seed" else 0
-    try:
-        value = type(mine)(theirs) if isinstance(theirs, kind) and not isinstance(theirs, bool) else None
-    except Exception:
-        value = None
-    if value is None:
-        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be a {type(mine).__name__}")
-    if not least <= value < 2**63:
-        raise ValueError(f"state_dict: {what} is {_shown(theirs)}, must be at least {least} and below 2**63")
-    return value
-
-
-def _checked_tensor(what: str, theirs: Any, mine: Tensor) -> Tensor:
-    must = f"must be {tuple(mine.shape)} {mine.dtype}"
-    if type(theirs) is not Tensor:
-        raise ValueError(f"state_dict: {what} is {type(theirs).__name__}, {must}")
-    try:
-        if theirs.layout != torch.strided or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-            layout = "" if theirs.layout == torch.strided else f" {theirs.layout}"
-            raise ValueError(f"state_dict: {what} is {tuple(theirs.shape)} {theirs.dtype}{layout}, {must}")
-        if theirs.requires_grad:
-            raise ValueError(f"state_dict: {what} requires a gradient; detach it")
-        if theirs.is_meta or is_functorch_wrapped_tensor(theirs) or _room_of(theirs) < _extent_of(theirs):
-            raise ValueError(f"state_dict: {what} has no numbers in it")
-        copy = theirs.detach().to("cpu", copy=True)
-        good = bool(copy.isfinite().all()) and (what.startswith("running_mean") or not bool((copy < 0).any()))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"state_dict: {what} cannot be read: {_shown(error)}") from None
-    if not good:
-        raise ValueError(f"state_dict: {what} has entries that are negative or not finite")
-    return copy
-
-
-def _shown(value: Any) -> str:
-    """What a message shows of anything, whose own way of showing itself may fail, or read memory that is not there."""
-    if isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    try:
-        if value is None or isinstance(value, (str, bytes, numbers.Number)):
-            text = repr(value)
-        elif isinstance(value, Exception):
-            text = f"{type(value).__name__}: {value}"
-        else:
-            text = f"a {type(value).__name__}"
-    except Exception:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -3,146 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .distributed import Processes
-from .dtensors import Place, place_of, whole
-from .rules import Rule
-from .unit_groups import Block, Member, ResolvedGroup, make_width, out_axis, read_width, spatial_axes
+from ..groups.layers import make_width, out_axis, read_width, spatial_axes
+from ..groups.spec import Block, Member, ResolvedGroup
+from ..parallel.processes import Processes
+from ..rules.rule import Rule
+from ..tensors.native import DTYPES
+from ..tensors.parts import place_of, whole
+from .layout import (
+    DRAW,
+    FILL,
+    TRANSFER,
+    Layout,
+    Region,
+    Slot,
+    TensorRef,
+    conv_groups_here,
+    input_axis,
+    stream_id,
+    tensor_ref,
+)
 
-DRAW, FILL, TRANSFER = range(3)
 # the order is part of the table's layout, which csrc/plan.h mirrors
 _ACTIVATION = (None, "magnitude", "centred")
 _OUTGOING = (None, "sum", "mean")
 _INCOMING = (None, "times_sum", "divide")
 _DISTRIBUTION = ("uniform", "normal", "unit")
-# torch's numbers for the types of tensors that can be read and set
-DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 MAX_DIMS = 5
-
-
-class TensorRef(NamedTuple):
-    """Where a tensor of the model is found at every step, so that a re-assigned one is seen."""
-
-    owner: dict[str, Tensor | None]  # `_parameters` or `_buffers` of a module: no `__getattr__` on the way
-    key: str
-    name: str
-    shape: torch.Size  # of the whole tensor
-    dtype: torch.dtype
-    place: Place
-
-    def get(self) -> Tensor | None:
-        """The tensor as it is now; None if the module has it no more."""
-        return self.owner.get(self.key)
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether an optimizer may keep state for it."""
-        return self.key in ("weight", "bias")
-
-
-class Slot(NamedTuple):
-    """One layer that reads a group's units: the place where their activations are observed."""
-
-    group: int
-    module: nn.Module
-    weight: int  # in `State.weights`, -1 where the rule does not read outgoing weights
-    columns: slice  # in the column-wise fields of the state, in the order of the layer's features from block.start on
-    spatial: int  # 0: features are the last axis; d: channels before d spatial axes
-    block: Block  # which of the layer's features are the group's
-    features: int  # all that the layer reads
-    seen: range  # those of them that are in its input in this process
-    counts: bool  # whether this process counts the samples
-
-    @property
-    def here(self) -> slice:
-        """Which of the slot's columns this process sees, counted from the slot's first."""
-        n, start = self.columns.stop - self.columns.start, self.block.start
-        first = min(max(self.seen.start - start, 0), n)
-        return slice(first, max(min(self.seen.stop - start, n), first))
-
-    @property
-    def first_seen(self) -> int:
-        """The feature of the layer's input, in this process, where `here` begins."""
-        return max(self.block.start - self.seen.start, 0)
-
-    @property
-    def adds(self) -> bool:
-        """Whether what this process sums over samples is no other's to add."""
-        return self.counts or len(self.seen) < self.features
-
-
-class Layout(NamedTuple):
-    """Where one group lies in the flat state."""
-
-    name: str
-    num_units: int
-    columns_per_unit: int
-    units: slice
-    slots: tuple[int, ...]
-    incoming: tuple[tuple[int, Block], ...]  # in `State.weights`, empty where the rule does not read incoming weights
-    stream: int  # Philox tensor id of the group's own draws
-
-
-class Region(NamedTuple):
-    """The part of one tensor that belongs to each unit of a group, and what re-initialisation puts there.
-
-    Unit j owns the indices of `block` along `axis`, whole along the other axes; of a grouped convolution's axis 1 it
-    owns its column in the rows of its convolution group.
-    """
-
-    kind: int  # DRAW from `distribution` with `value` as bound | FILL with `value` | TRANSFER into a bias
-    group: int
-    ref: TensorRef
-    axis: int
-    block: Block
-    conv_groups: int = 1
-    stream: int = 0  # Philox tensor id
-    distribution: str = "uniform"
-    value: float = 0.0
-    slot: int = 0  # TRANSFER: the reader
-    weight: TensorRef | None = None  # TRANSFER: the reader's weight
-
-
-def stream_id(name: str, group: bool = False) -> int:
-    """Philox tensor id: the first 31 bits of the name's SHA-256; a group's own stream has the top bit set."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1 | (group << 31)
-
-
-def tensor_ref(
-    name: str, module: nn.Module, key: str, place: Callable[[str, Tensor], Place] = place_of
-) -> TensorRef | None:
-    """Where `key` of the module called `name` is found; None if the module has no such tensor."""
-    owners: tuple[Any, ...] = (module._parameters, module._buffers)
-    for owner in owners:
-        tensor = owner.get(key)
-        if tensor is not None:
-            full_name = f"{name}.{key}" if name else key
-            where = place(full_name, tensor)
-            # fully_shard puts another tensor in its place while the module is in use
-            owner = {key: tensor} if where.is_dtensor else owner
-            return TensorRef(owner, key, full_name, tensor.shape, tensor.dtype, where)
-    return None
-
-
-def conv_groups_here(ref: TensorRef, conv_groups: int) -> tuple[int, int]:
-    """How many of a weight's convolution groups this process holds, and the first of them."""
-    rows = ref.shape[0] // conv_groups
-    return (max(ref.place.part[0] // rows, 1), ref.place.first[0] // rows) if conv_groups > 1 else (1, 0)
-
-
-def _input_axis(member: Member) -> tuple[int, int]:
-    """The axis of a reader's weight along which its inputs lie, and its convolution groups."""
-    return 1 - out_axis(member.module), getattr(member.module, "groups", 1)
 
 
 @contextlib.contextmanager
@@ -344,13 +240,13 @@ class State:
                 for member, slot in zip(group.outgoing, self.layouts[g].slots, strict=True):
                     bias = self._ref(member, "bias")
                     if bias is not None:
-                        axis, conv_groups = _input_axis(member)
+                        axis, conv_groups = input_axis(member)
                         weight = self._weight_ref(member)
                         self.regions.append(
                             Region(TRANSFER, g, bias, axis, member.block, conv_groups, slot=slot, weight=weight)
                         )
             for member in group.outgoing:
-                axis, conv_groups = _input_axis(member)
+                axis, conv_groups = input_axis(member)
                 self._add_fill(g, member, "weight", 0.0, axis=axis, conv_groups=conv_groups)
 
     def _add_draw(self, group: int, member: Member, axis: int) -> None:

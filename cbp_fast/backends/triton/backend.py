@@ -23,12 +23,14 @@ import triton
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import reference, triton_kernels
-from .cpp import describe
-from .rules import Rule
-from .state import DRAW, TRANSFER, Region, Slot, State
-from .triton_kernels import Addresses, Bias, Block, Columns, Job, Mask, Reader, Target, Transfer
-from .unit_groups import out_axis
+from ...groups.layers import out_axis
+from ...rules.rule import Rule
+from ...state.layout import DRAW, TRANSFER, Region, Slot
+from ...state.state import State
+from ...tensors.native import describe
+from .. import reference
+from . import kernels as triton_kernels
+from .kernels import Addresses, Bias, Block, Columns, Job, Mask, Reader, Target, Transfer
 
 _log = logging.getLogger("cbp_fast")
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
