@@ -27,8 +27,9 @@ from gpu import NETS, build  # noqa: E402
 from triton_tail import tail_table  # noqa: E402
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup  # noqa: E402
-from cbp_fast.backends.triton.backend import _Step, kernels_of  # noqa: E402
+from cbp_fast.backends.triton.backend import _Step  # noqa: E402
 from cbp_fast.backends.triton.kernels import FLOAT64, Job  # noqa: E402
+from cbp_fast.backends.triton.specialising import kernels_of  # noqa: E402
 
 # registers, threads and programs that one multiprocessor holds, and its shared memory in bytes
 REGISTERS, PROGRAMS = 65536, 32

@@ -15,7 +15,7 @@ from torch import nn
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup
 from cbp_fast.backends.triton import backend as triton_backend
 from cbp_fast.backends.triton import kernels as triton_kernels
-from cbp_fast.backends.triton.backend import kernels_of
+from cbp_fast.backends.triton.specialising import kernels_of
 
 BFLOAT16, FLOAT32, FLOAT64, EVERY_TYPE = 1 << 1, 1 << 2, 1 << 3, 2**4 - 1
 RULES = {

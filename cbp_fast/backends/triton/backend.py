@@ -31,6 +31,7 @@ from ...tensors.native import describe
 from .. import reference
 from . import kernels as triton_kernels
 from .kernels import Addresses, Bias, Block, Columns, Job, Mask, Reader, Target, Transfer
+from .specialising import at_most, kernels_of, meta_of, score_meta
 
 _log = logging.getLogger("cbp_fast")
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -406,55 +407,6 @@ class _Sender:
         return torch.tensor([addresses[tensor] + offset for tensor, offset in self._sources], dtype=torch.int64)
 
 
-def meta_of(rule: Rule, wide: bool) -> dict[str, Any]:
-    """What `select` is compiled for, besides the types that it sums: a rule, and whether utilities are float64."""
-    return {
-        "ACTIVATION": rule.activation is not None,
-        "OUTGOING": (None, "sum", "mean").index(rule.outgoing),
-        "INCOMING": (None, "times_sum", "divide").index(rule.incoming),
-        "MEAN": rule.keeps_mean,
-        "MIN_MAX": rule.name == "clarena",
-        "SCORE": 2 if rule.utility == "random" else int(rule.name == "clarena"),
-        "ACCRUAL": 2 if rule.name == "clarena" else int(rule.accrual == "all"),
-        "COUNT": 2 if rule.name == "clarena" else int(not rule.accumulate),
-        "WIDE_UTILITY": wide,
-    }
-
-
-def kernels_of(
-    rule: Rule, wide: bool, types: int, previous: bool, inline: bool = True
-) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels that steps may launch, with what each is compiled for.
-
-    Args:
-        types: bit i is set if sums of the type numbered i occur.
-        previous: whether distances are measured from the mean that the step before left.
-        inline: whether activations may be summed in the forward.
-    """
-    k, meta = triton_kernels, meta_of(rule, wide)
-    found: list[tuple[Any, dict[str, Any]]] = []
-    if rule.activation or rule.outgoing or rule.incoming:
-        found.append((k.select, {"TYPES": types, **meta}))
-    if meta["MIN_MAX"] or meta["SCORE"] == 2:
-        found.append((k.score, score_meta(meta)))
-    found.append((k.reinit, {"WIDE_UTILITY": wide}))
-    if rule.keeps_mean:
-        found.append((k.capture, {"TYPES": types, "SUM": k.VALUES.value, "COUNTS": True}))
-    if rule.centred:
-        found.append((k.hat, {"PREVIOUS": previous}))
-        found.append((k.capture, {"TYPES": types, "SUM": k.DISTANCES.value, "COUNTS": False}))
-    elif rule.activation and (inline or rule.keeps_mean):
-        found.append((k.capture, {"TYPES": types, "SUM": k.MAGNITUDES.value, "COUNTS": not rule.keeps_mean}))
-    if rule.transfer_bias:
-        found.append((k.transfer, {}))
-    return found
-
-
-def score_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """What `score` is compiled for, of what `select` is."""
-    return {key: meta[key] for key in ("MIN_MAX", "MEAN", "SCORE", "ACCRUAL", "COUNT", "WIDE_UTILITY")}
-
-
 class _Tables:
     """Everything that one state's launches need, but for the tensors of a step."""
 
@@ -524,13 +476,6 @@ class _Tables:
         """What a CUDA graph uses must stay for its replays."""
         if is_capturing(self.device):
             self.captured.append(tables)
-
-
-def at_most(rule: Rule, num_units: int, rate: float) -> int:
-    """How many units of a group a step chooses, where less than one was left to be chosen from the one before."""
-    if rule.name == "clarena":
-        return 1
-    return num_units if rule.accrual == "all" else min(num_units, math.ceil(rate * num_units))
 
 
 def _recent(entries: dict[Any, _T], key: object, make: Callable[[], _T]) -> _T:
