@@ -40,7 +40,8 @@ from .hooks.registry import FORGOTTEN, enlist, everyone, strike
 from .layers import check_not_attached
 from .parallel.processes import join_processes, several_processes, unwrapped
 from .rules.rule import Rule
-from .step.checkpoint import checked_state, described
+from .state.regions import check_served
+from .step.checkpoint import checked_state
 from .step.engine import Engine
 from .step.joining import Joinable, join_hook_of, notify_join
 from .step.rates import Rates
@@ -211,7 +212,7 @@ class _Awaited:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep a copy, of which all is checked but which groups there are."""
-        own = {"rule": described(self.rule), **self.hyper, "seed": 0, "step": 0, "groups": None}
+        own = {"rule": self.rule.options, **self.hyper, "seed": 0, "step": 0, "groups": None}
         measured = {"deviations": None} if self.rule.init == "as_attached" else {}
         kept = checked_state(state_dict, own | measured)
         self.hyper = {key: kept[key] for key in self.hyper}
@@ -415,7 +416,7 @@ class ContinualBackprop(Rates, Joinable):
             there = ", ".join(group.name for group in every)
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {there}")
         check_disjoint(resolved)
-        _check_clarena(self._rule, resolved)
+        check_served(self._rule, resolved)
         check_not_attached(resolved, self._engine, self._model.modules())
         _check_optimizers(steppers, resolved)
         return resolved
@@ -863,25 +864,6 @@ def _filtered(
     taken = {group.name for group in groups} if include is None else matches("include", include)
     left_out = set() if exclude is None else matches("exclude", exclude)
     return [group for group in groups if group.name in taken - left_out]
-
-
-def _check_clarena(rule: Rule, groups: Sequence[ResolvedGroup]) -> None:
-    if rule.name != "clarena":
-        return
-    for group in groups:
-        members = (*group.incoming, *group.outgoing)
-        if not all(isinstance(member.module, nn.Linear) for member in members) or group.columns_per_unit > 1:
-            raise ValueError(
-                f"rule 'clarena' is defined for linear layers only, and group '{group.name}' has convolutions; "
-                "use rule='nature', or exclude= the group"
-            )
-        for name, module, _ in group.preceding:
-            inputs = cast(Tensor, module.weight).shape[1]
-            if inputs < group.num_units:
-                raise ValueError(
-                    f"rule 'clarena' re-draws column j of the preceding layer for unit j, but '{name}' has "
-                    f"{inputs} inputs and group '{group.name}' has {group.num_units} units"
-                )
 
 
 def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:

@@ -1,4 +1,4 @@
-// The table of cbp_fast/state.py (`State._pack`) and the byte buffer that it describes, as structs.
+// The table of cbp_fast/state/table.py and the byte buffer that it describes, as structs.
 #pragma once
 
 #include <cmath>
@@ -9,16 +9,26 @@ namespace cbp {
 
 constexpr int MAX_DIMS = 5;
 
+// What the fields of a rule's arithmetic may be; cbp_fast/rules/arithmetic.py numbers and explains them.
+enum class Activation : int64_t { kNone, kMagnitude, kCentred };
+enum class Outgoing : int64_t { kNone, kSum, kMean };
+enum class Incoming : int64_t { kNone, kTimesSum, kDivide };
+enum class Normalisation : int64_t { kNone, kMinMax };
+enum class Score : int64_t { kCorrected, kPerStep, kRandom };
+enum class Accrual : int64_t { kEligible, kAll, kWhole };
+enum class Count : int64_t { kFloor, kCoin, kOne };
+enum class Distribution : int64_t { kUniform, kNormal, kUnit };
+
 struct Header {
-  int64_t groups, slots, weights, regions, incoming, units, columns, utility_bytes;
-  int64_t activation;    // 0 none, 1 mean abs(h), 2 mean abs(h - h_hat)
-  int64_t keeps_mean;    // a running mean of every column
-  int64_t outgoing;      // 0 none, 1 sum, 2 mean of abs(W_out)
-  int64_t incoming_use;  // 0 none, 1 times the sum, 2 divided by the mean of abs(W_in)
-  int64_t min_max;
-  int64_t score;    // 0 u / (1 - decay^age), 1 u / age, 2 random
-  int64_t accrual;  // 0 rate * eligible, 1 rate * units once one is eligible, 2 the first truncated
-  int64_t count;    // 0 floor(pending), 1 a coin for the fraction, 2 one if more than one is pending
+  int64_t groups, slots, weights, regions, makers, units, columns, utility_bytes;
+  Activation activation;
+  int64_t keeps_mean;  // a running mean of every column
+  Outgoing outgoing;
+  Incoming incoming;
+  Normalisation normalisation;
+  Score score;
+  Accrual accrual;
+  Count count;
   int64_t step, seed, hyper, pending, num_replaced, seen, sums, feature, running_mean, utility, age, num_chosen, chosen;
   int64_t bytes;
   int64_t flat;           // length of what `sum_` writes: by slot, by column, and the sums of weights
@@ -30,7 +40,7 @@ struct Block {
   int64_t index(int64_t j, int64_t p) const { return start + j * unit_stride + p * position_stride; }
 };
 struct Group {
-  int64_t first_unit, units, columns_per_unit, first_slot, slots, first_incoming, incoming, stream;
+  int64_t first_unit, units, columns_per_unit, first_slot, slots, first_maker, makers, stream;
 };
 struct Slot {
   int64_t group, first_column, columns, weight, spatial, features;
@@ -41,7 +51,8 @@ struct Slot {
   // the place of feature (j, p) among the columns
   int64_t column(int64_t j, int64_t p) const { return j * block.unit_stride + p * block.position_stride; }
 };
-struct Incoming {
+// a layer that makes units, where the rule reads its weight
+struct Maker {
   int64_t weight;
   Block block;  // of the layer's outputs
 };
@@ -56,24 +67,25 @@ struct Weight {
   int64_t inputs() const { return out_axis == 0 ? columns : rows; }
   int64_t numel() const { return size[0] * size[1] * size[2] * size[3] * size[4]; }
 };
+enum class RegionKind : int64_t { kDraw, kFill, kTransfer };
 struct Region {
-  int64_t kind;  // 0 draw, 1 fill, 2 transfer
+  RegionKind kind;
   int64_t group, axis;
   Block block;
   int64_t conv_groups, stream;
-  int64_t distribution;  // 0 uniform in [-value, value), 1 normal with deviation value, 2 uniform in [0, 1)
+  Distribution distribution;  // with `value` as its bound or deviation
   double value;
   int64_t slot, dims, size[MAX_DIMS];
   int64_t part[MAX_DIMS], first[MAX_DIMS];  // of the tensor that is here: its sizes, and where it lies in the whole
 };
-static_assert(sizeof(Header) == 32 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 16 * 8 &&
-              sizeof(Incoming) == 5 * 8 && sizeof(Weight) == 22 * 8 && sizeof(Region) == 28 * 8);
+static_assert(sizeof(Header) == 32 * 8 && sizeof(Group) == 8 * 8 && sizeof(Slot) == 16 * 8 && sizeof(Maker) == 5 * 8 &&
+              sizeof(Weight) == 22 * 8 && sizeof(Region) == 28 * 8);
 
 struct Plan {
   const Header* header;
   const Group* groups;
   const Slot* slots;
-  const Incoming* incoming;
+  const Maker* makers;
   const Weight* weights;
   const Region* regions;
 
@@ -81,14 +93,14 @@ struct Plan {
     header = reinterpret_cast<const Header*>(table);
     groups = reinterpret_cast<const Group*>(header + 1);
     slots = reinterpret_cast<const Slot*>(groups + header->groups);
-    incoming = reinterpret_cast<const Incoming*>(slots + header->slots);
-    weights = reinterpret_cast<const Weight*>(incoming + header->incoming);
+    makers = reinterpret_cast<const Maker*>(slots + header->slots);
+    weights = reinterpret_cast<const Weight*>(makers + header->makers);
     regions = reinterpret_cast<const Region*>(weights + header->weights);
   }
   // how many int64 the table must have; only the header is read
   static int64_t size(const Header& h) {
-    const size_t bytes = sizeof(Header) + h.groups * sizeof(Group) + h.slots * sizeof(Slot) +
-                         h.incoming * sizeof(Incoming) + h.weights * sizeof(Weight) + h.regions * sizeof(Region);
+    const size_t bytes = sizeof(Header) + h.groups * sizeof(Group) + h.slots * sizeof(Slot) + h.makers * sizeof(Maker) +
+                         h.weights * sizeof(Weight) + h.regions * sizeof(Region);
     return static_cast<int64_t>(bytes / 8);
   }
 };

@@ -71,9 +71,9 @@ inline void draw(const Fields& f, const Region& region, int64_t first, int64_t n
   const uint32_t stream = static_cast<uint32_t>(region.stream);
   const float bound = static_cast<float>(region.value);
   active->kernels->uniform(seed, step, stream, static_cast<uint64_t>(first), n, out);
-  if (region.distribution == 0)
+  if (region.distribution == Distribution::kUniform)
     for (int64_t i = 0; i < n; ++i) out[i] = (2.0f * out[i] - 1.0f) * bound;
-  if (region.distribution != 1) return;
+  if (region.distribution != Distribution::kNormal) return;
   // Box-Muller on the two words of a pair: the even element takes the cosine, the odd one the sine
   for (int64_t i = 0; i < n; ++i) {
     float pair[2];
@@ -112,7 +112,7 @@ void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, 
   constexpr int64_t BLOCK = 1024;
   float values[BLOCK];
   const Group& group = plan.groups[region.group];
-  const bool draws = region.kind == 0 && !slot;
+  const bool draws = region.kind == RegionKind::kDraw && !slot;
   const T fill = static_cast<T>(static_cast<float>(slot ? 0.0 : region.value));
   if (!draws && region.axis == 1 && region.dims == 2)
     return fill_columns(region, t, f.chosen + group.first_unit, f.num_chosen[region.group], fill);

@@ -10,8 +10,8 @@
 
 namespace cbp {
 
-// y[j] in double: activation statistic x weight statistic; README says what each rule multiplies. `flat` holds the sums
-// of weights, where each says.
+// y[j] in double: activation statistic x weight statistic; cbp_fast/rules/arithmetic.py says what is multiplied. `flat`
+// holds the sums of weights, where each says.
 inline void utility_now(const Plan& plan, const Fields& f, const Group& group, const double* flat, double* y) {
   const Header& h = *plan.header;
   const int64_t n = group.units, per_unit = group.columns_per_unit;
@@ -22,10 +22,11 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
     const double seen = static_cast<double>(f.seen[s]);
     if (seen == 0) continue;
     samples += seen;
-    // clarena has one mean over all readers: sums first, one division at the end
-    const double divisor = h.incoming_use == 1 ? 1.0 : seen;
+    // one mean over all readers: sums first, one division at the end
+    const double divisor = h.incoming == Incoming::kTimesSum ? 1.0 : seen;
     const double* activation = f.sums + slot.first_column;
-    const double* weight = h.outgoing ? flat + plan.weights[slot.weight].inputs() + slot.block.start : nullptr;
+    const double* weight =
+        h.outgoing != Outgoing::kNone ? flat + plan.weights[slot.weight].inputs() + slot.block.start : nullptr;
     const auto add = [&](const auto& term) {
       if (per_unit == 1) {
         for (int64_t j = 0; j < n; ++j) y[j] += term(j);
@@ -37,40 +38,40 @@ inline void utility_now(const Plan& plan, const Fields& f, const Group& group, c
         y[j] += total;
       }
     };
-    if (h.activation && weight)
+    if (h.activation != Activation::kNone && weight)
       add([&](int64_t c) { return activation[c] / divisor * weight[c]; });
-    else if (h.activation)
+    else if (h.activation != Activation::kNone)
       add([&](int64_t c) { return activation[c] / divisor; });
     else if (weight)
       add([&](int64_t c) { return weight[c]; });
     else
       add([](int64_t) { return 1.0; });
-    const int64_t per_column = h.outgoing ? plan.weights[slot.weight].numel() / slot.features : 1;
+    const int64_t per_column = h.outgoing != Outgoing::kNone ? plan.weights[slot.weight].numel() / slot.features : 1;
     elements += static_cast<double>(per_column * per_unit);
   }
-  if (h.incoming_use != 1 && h.outgoing != 1)
+  if (h.incoming != Incoming::kTimesSum && h.outgoing != Outgoing::kSum)
     for (int64_t j = 0; j < n; ++j) y[j] /= elements;
-  if (h.incoming_use == 0) return;
+  if (h.incoming == Incoming::kNone) return;
   const auto weigh = [&](const auto& w_in, double fan_in) {
-    if (h.incoming_use == 1)
+    if (h.incoming == Incoming::kTimesSum)
       for (int64_t j = 0; j < n; ++j) y[j] = y[j] / samples * w_in(j);
     else
       for (int64_t j = 0; j < n; ++j) y[j] = y[j] / (w_in(j) / fan_in);
   };
-  const Incoming *first = plan.incoming + group.first_incoming, *last = first + group.incoming;
+  const Maker *first = plan.makers + group.first_maker, *last = first + group.makers;
   int64_t fan_in = 0;
-  for (const Incoming* i = first; i < last; ++i) {
+  for (const Maker* i = first; i < last; ++i) {
     const Weight& w = plan.weights[i->weight];
     fan_in += i->block.per_unit * (w.numel() / w.size[w.out_axis]);
   }
-  if (group.incoming == 1 && first->block.unit_stride == 1 && first->block.per_unit == 1)
+  if (group.makers == 1 && first->block.unit_stride == 1 && first->block.per_unit == 1)
     weigh([sum = flat + plan.weights[first->weight].outputs() + first->block.start](int64_t j) { return sum[j]; },
           fan_in);
   else
     weigh(
         [&](int64_t j) {
           double total = 0;
-          for (const Incoming* i = first; i < last; ++i)
+          for (const Maker* i = first; i < last; ++i)
             for (int64_t p = 0; p < i->block.per_unit; ++p)
               total += flat[plan.weights[i->weight].outputs() + i->block.index(j, p)];
           return total;
@@ -103,7 +104,7 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
   const auto finite = [](U x) { return std::abs(x) < infinity; };
   U low = infinity, high = -infinity;
   for (int64_t j = 0; j < n; ++j) now[j] = static_cast<U>(y[j]);
-  if (h.min_max) {
+  if (h.normalisation == Normalisation::kMinMax) {
     for (int64_t j = 0; j < n; ++j) {
       low = finite(now[j]) && now[j] < low ? now[j] : low;
       high = finite(now[j]) && now[j] > high ? now[j] : high;
@@ -112,7 +113,7 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
     // a value that is not finite stays so
     for (int64_t j = 0; j < n; ++j) now[j] = finite(now[j]) ? (now[j] - low) / range : now[j];
   }
-  if (h.score == 2)
+  if (h.score == Score::kRandom)
     for (int64_t j = 0; j < n; ++j) now[j] = finite(now[j]) ? U(0) : now[j];
   const U decay = static_cast<U>(*f.decay), rest = static_cast<U>(1.0 - *f.decay);
   // ages are whole numbers
@@ -130,11 +131,11 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
   const uint64_t seed = static_cast<uint64_t>(*f.seed);
   const uint64_t step = static_cast<uint64_t>(*f.step);
   const uint32_t stream = static_cast<uint32_t>(group.stream);
-  double due = *f.rate * static_cast<double>(h.accrual == 1 ? (eligible > 0) * n : eligible);
-  if (h.accrual == 2) due = std::trunc(due);
+  double due = *f.rate * static_cast<double>(h.accrual == Accrual::kAll ? (eligible > 0) * n : eligible);
+  if (h.accrual == Accrual::kWhole) due = std::trunc(due);
   const double pending = f.pending[g] + due;
-  double count = h.count == 0 ? std::floor(pending) : pending > 1;
-  if (h.count == 1) {
+  double count = h.count == Count::kFloor ? std::floor(pending) : pending > 1;
+  if (h.count == Count::kCoin) {
     // the coin's element follows those of the random scores
     float coin;
     active->kernels->uniform(seed, step, stream, static_cast<uint64_t>(n), 1, &coin);
@@ -143,13 +144,13 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
 
   int64_t k = 0;
   if (count > 0) {
-    if (h.score == 2) active->kernels->uniform(seed, step, stream, 0, n, random);
+    if (h.score == Score::kRandom) active->kernels->uniform(seed, step, stream, 0, n, random);
     BiasCorrection correction(*f.decay);
     int64_t candidates = 0;
     for (int64_t j = 0; j < n; ++j) {
       if (age[j] <= maturity) continue;
-      const double divisor = h.score == 1 ? age[j] : correction(age[j]);
-      const U score = h.score == 2 ? static_cast<U>(random[j]) : static_cast<U>(utility[j] / divisor);
+      const double divisor = h.score == Score::kPerStep ? age[j] : correction(age[j]);
+      const U score = h.score == Score::kRandom ? static_cast<U>(random[j]) : static_cast<U>(utility[j] / divisor);
       if (!std::isfinite(score)) continue;
       // a float64 score beyond float32 stays a candidate, after all others
       const float key = std::min(static_cast<float>(score), std::numeric_limits<float>::max());
@@ -160,7 +161,7 @@ void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* no
     std::sort(keys, keys + k);
     for (int64_t i = 0; i < k; ++i) f.chosen[group.first_unit + i] = static_cast<int32_t>(keys[i] & 0xffffffffu);
   }
-  if (h.count != 1) f.pending[g] = pending - static_cast<double>(k);
+  if (h.count != Count::kCoin) f.pending[g] = pending - static_cast<double>(k);
   f.num_chosen[g] = static_cast<int32_t>(k);
   f.num_replaced[g] = added(f.num_replaced[g], k);
 }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..groups.layers import out_axis
-from ..state.layout import DRAW, TRANSFER, Layout, Region, by_unit, columns_of, conv_groups_here
+from ..state.layout import Layout, by_unit, columns_of, conv_groups_here
+from ..state.regions import DRAW, TRANSFER, Region
 from ..state.state import State
 from ..tensors.parts import Place
 
@@ -77,7 +78,7 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
     activation = state.activation[columns][here]
     if state.rule.keeps_mean:
         state.feature[columns][here] += x.sum((0, 1), dtype=wide)
-    if state.rule.centred:
+    if state.rule.arithmetic.centred:
         layout, decay = state.layouts[slot.group], state.hyper[2]
         mean, age = state.running_mean[columns], state.age[layout.units]
         if state.previous_mean:
@@ -90,7 +91,7 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
         h_hat = torch.empty_like(mean)
         by_unit(h_hat, slot)[:] = (by_unit(mean, slot) / correction[:, None]).mean(1, keepdim=True)
         activation += (x.to(wide) - h_hat[here].to(wide)).abs().sum((0, 1))
-    elif state.rule.activation:
+    elif state.rule.arithmetic.activation:
         activation += x.abs().sum((0, 1), dtype=wide)
 
 
@@ -113,7 +114,7 @@ def _input_sums(weight: Tensor, axis: int, conv_groups: int) -> Tensor:
 
 def utility_now(state: State, layout: Layout) -> Tensor:
     """y: activation statistic x weight statistic of every unit, float64 [N]; sums of weights stand in `state.flat`."""
-    rule, n = state.rule, layout.num_units
+    arithmetic, n = state.rule.arithmetic, layout.num_units
     y = torch.zeros(n, dtype=torch.float64, device=state.buffer.device)
     elements = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
     samples = torch.zeros((), dtype=torch.float64, device=state.buffer.device)
@@ -121,19 +122,19 @@ def utility_now(state: State, layout: Layout) -> Tensor:
         slot, count = state.slots[s], state.count[s]
         ran = count > 0
         term = torch.ones((), dtype=torch.float64, device=y.device).expand(n * layout.columns_per_unit)
-        if rule.activation:
-            # clarena has one mean over all readers: sums first, one division at the end
-            term = state.activation[slot.columns] / (1 if rule.incoming == "times_sum" else count)
+        if arithmetic.activation:
+            # one mean over all readers: sums first, one division at the end
+            term = state.activation[slot.columns] / (1 if arithmetic.pools else count)
         per_column = 1
-        if rule.outgoing:
+        if arithmetic.outgoing:
             term = term * state.flat[state.inputs[slot.weight]].narrow(0, slot.block.start, len(term))
             per_column = state.weights[slot.weight].shape.numel() // slot.features
         y = y + torch.where(ran, by_unit(term.contiguous(), slot).sum(1), 0.0)
         elements = elements + torch.where(ran, float(per_column * layout.columns_per_unit), 0.0)
         samples = samples + count
-    if rule.incoming != "times_sum" and rule.outgoing != "sum":
+    if arithmetic.averages_weights:
         y = y / elements
-    if rule.incoming is None:
+    if arithmetic.incoming is None:
         return y
     w_in, fan_in = torch.zeros_like(y), 0
     for i, block in layout.incoming:
@@ -141,7 +142,7 @@ def utility_now(state: State, layout: Layout) -> Tensor:
         start, unit_stride, per_unit, position_stride = block
         w_in = w_in + sums[start:].as_strided((n, per_unit), (unit_stride, position_stride)).sum(1)
         fan_in += per_unit * (state.weights[i].shape.numel() // len(sums))
-    return y / samples * w_in if rule.incoming == "times_sum" else y / (w_in / fan_in)
+    return y / samples * w_in if arithmetic.pools else y / (w_in / fan_in)
 
 
 def _added(count: Tensor, n: Tensor) -> Tensor:
@@ -151,16 +152,16 @@ def _added(count: Tensor, n: Tensor) -> Tensor:
 
 def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) -> None:
     """Average y into the utility, age the units, and list the ones that are due for replacement."""
-    rule = state.rule
+    arithmetic = state.rule.arithmetic
     rate, maturity, decay, _ = state.hyper.unbind()
     utility, age = state.utility[layout.units], state.age[layout.units]
     y = y.to(utility.dtype)
     finite = y.isfinite() & reached
-    if rule.name == "clarena":
+    if arithmetic.normalisation == "min_max":
         low = torch.where(finite, y, torch.inf).amin()
         high = torch.where(finite, y, -torch.inf).amax()
         y = (y - low) / (high - low + 1e-8)
-    if rule.utility == "random":
+    if arithmetic.score == "random":
         y = torch.zeros_like(y)
     decayed = decay.to(y.dtype) * utility + (1 - decay).to(y.dtype) * y
     utility.copy_(torch.where(finite, decayed, utility))
@@ -169,29 +170,29 @@ def _choose(state: State, layout: Layout, g: int, y: Tensor, reached: Tensor) ->
     # compared with a float64 as one, not in float32
     eligible = age.double() > maturity
     n = eligible.sum()
-    if rule.utility == "random":
+    if arithmetic.score == "random":
         units = torch.arange(layout.num_units, dtype=torch.int64, device=age.device)
         score = unit_uniform(units, state.seed, state.step, layout.stream).to(utility.dtype)
-    elif rule.name == "clarena":
+    elif arithmetic.score == "per_step":
         score = (utility.double() / age).to(utility.dtype)
     else:
         score = (utility.double() / bias_correction(age, decay)).to(utility.dtype)
     candidate = eligible & score.isfinite()
 
-    due = rate * (layout.num_units * (n > 0) if rule.accrual == "all" else n)
-    if rule.name == "clarena":
+    due = rate * (layout.num_units * (n > 0) if arithmetic.accrual == "all" else n)
+    if arithmetic.accrual == "whole":
         due = due.trunc()
     pending = state.pending[g] + due
-    if rule.name == "clarena":
+    if arithmetic.count == "one":
         k = (pending > 1).double()
-    elif rule.accumulate:
+    elif arithmetic.count == "floor":
         k = pending.floor()
     else:
         # the coin's element follows those of the random scores
         coin = unit_uniform(torch.full_like(state.step, layout.num_units), state.seed, state.step, layout.stream)[0]
         k = due.floor() + (coin < due - due.floor())
     k = torch.where(reached, torch.minimum(k, candidate.sum()), 0.0).clamp(max=_limit(state, layout))
-    if rule.accumulate:
+    if arithmetic.count != "coin":
         state.pending[g] = torch.where(reached, pending - k, state.pending[g])
     # a float64 score beyond float32 stays a candidate, after all others
     score = torch.where(candidate, score.float().clamp(max=torch.finfo(torch.float32).max), torch.inf)
@@ -410,10 +411,10 @@ def _limit(state: State, layout: Layout) -> int:
     An accelerator's choice is not read back, so this many rows are written, with their old values where nothing was
     chosen. Less than one unit is pending before a step unless the accrual counts units that cannot be chosen yet.
     """
-    n, rule = layout.num_units, state.rule
-    if rule.name == "clarena":
+    n, arithmetic = layout.num_units, state.rule.arithmetic
+    if arithmetic.count == "one":
         return 1
-    return n if state.buffer.is_cpu or rule.accrual == "all" else min(n, int(state.replacement_rate * n) + 1)
+    return n if state.buffer.is_cpu or arithmetic.accrual == "all" else min(n, int(state.replacement_rate * n) + 1)
 
 
 def _chosen(state: State, g: int) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..continual_backprop import ContinualBackprop, _check_clarena
+from ..continual_backprop import ContinualBackprop
 from ..discovery.finding import NeedsInputs, explain, find_unit_groups
 from ..discovery.running import unwrapped
 from ..groups.resolving import resolve
 from ..groups.spec import ResolvedGroup, UnitGroup
 from ..rules.rule import Rule
+from ..state.regions import check_served
 from ..step.engine import Engine
 from ..step.together import step_together
 
@@ -361,7 +362,7 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
         for name, layer, reader in zip(names, layers, [*layers[1:], head], strict=True):
             group = resolve(network, UnitGroup(name, [layer], [reader]))
             groups.append(replace(group, preceding=groups[-1].incoming if groups else ()))
-        _check_clarena(self.rule, groups)
+        check_served(self.rule, groups)
         # only to see what the backbone returns: no unit has to be followed
         with suppress(Exception):
             find_unit_groups(network, self._example())

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 
-# utility -> (activation statistic, outgoing weights, incoming weights)
-_FACTORS = {
-    "contribution": ("magnitude", "mean", None),
-    "zero_contribution": ("centred", "mean", None),
-    "adaptable_contribution": ("centred", "mean", "divide"),
-    "feature_by_input": ("centred", None, "divide"),
-    "weight": (None, "mean", None),
-    "adaptation": (None, None, "divide"),
-    "random": (None, None, None),
-}
+from . import __name__ as _package
+from . import __path__ as _folder
+from .arithmetic import METHODS, Arithmetic
+from .gnt import UTILITIES
+
 INITS = ("kaiming", "default", "xavier", "lecun", "normal", "as_attached")
+
+# every family of methods; each says its name
+for _module in iter_modules(_folder):
+    if _module.name != "rule":
+        import_module(f"{_package}.{_module.name}")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,10 @@ class Rule:
     transfer_bias: bool = False
     reset_optimizer: bool = True
 
-    # derived: the activation statistic (None, "magnitude", "centred"), and how weights enter the utility
-    # (outgoing: None, "sum", "mean"; incoming: None, "times_sum", "divide")
-    activation: str | None = field(init=False, repr=False)
-    outgoing: str | None = field(init=False, repr=False)
-    incoming: str | None = field(init=False, repr=False)
+    # what all of this amounts to
+    arithmetic: Arithmetic = field(init=False, repr=False, compare=False)
 
-    UTILITIES = tuple(_FACTORS)
+    UTILITIES = tuple(UTILITIES)
 
     def __post_init__(self) -> None:
         def one_of(what: str, allowed: tuple[Any, ...]) -> None:
@@ -75,7 +73,7 @@ class Rule:
                     f"Rule: {what} is {getattr(self, what)!r}, must be one of {', '.join(map(str, allowed))}"
                 )
 
-        one_of("name", ("nature", "gnt", "clarena"))
+        one_of("name", tuple(_names()))
         one_of("utility", self.UTILITIES)
         one_of("init", INITS)
         one_of("accrual", ("eligible", "all"))
@@ -85,20 +83,13 @@ class Rule:
             raise ValueError(
                 f"Rule: act is {self.act!r}, must be an activation function as torch.nn.functional names it, as 'relu'"
             )
-        gnt_only: tuple[str, ...] = ("utility", "accumulate", "accrual", "reset_optimizer")
-        if self.name == "clarena":
-            gnt_only += ("init", "act", "transfer_bias")
-        for option in () if self.name == "gnt" else gnt_only:
-            default = type(self).__dataclass_fields__[option].default
-            if getattr(self, option) != default:
-                raise ValueError(f"Rule: {option} is no option of rule {self.name!r}")
-        factors = _FACTORS[self.utility]
-        if self.name == "nature":
-            factors = ("magnitude", "sum", None)
-        elif self.name == "clarena":
-            factors = ("magnitude", None, "times_sum")
-        for option, value in zip(("activation", "outgoing", "incoming"), factors, strict=True):
-            object.__setattr__(self, option, value)
+        method = METHODS[self.name]
+        for option in self.options:
+            if option not in ("name", *method.options):
+                default = type(self).__dataclass_fields__[option].default
+                if getattr(self, option) != default:
+                    raise ValueError(f"Rule: {option} is no option of rule {self.name!r}")
+        object.__setattr__(self, "arithmetic", method.arithmetic(self))
 
     @classmethod
     def nature(cls, init: str = "kaiming", *, act: str = "relu", transfer_bias: bool = False) -> Rule:
@@ -133,15 +124,19 @@ class Rule:
         """A `Rule` as it is; a name as its preset with defaults."""
         if isinstance(rule, cls):
             return rule
-        presets: dict[str, Callable[[], Rule]] = {"nature": cls.nature, "gnt": cls.gnt, "clarena": cls.clarena}
-        if not isinstance(rule, str) or rule not in presets:
-            raise ValueError(f"rule is {rule!r}, must be one of {', '.join(presets)}, or a cbp_fast.Rule")
-        return presets[rule]()
+        if not isinstance(rule, str) or rule not in METHODS:
+            raise ValueError(f"rule is {rule!r}, must be one of {', '.join(_names())}, or a cbp_fast.Rule")
+        return cls(rule)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was asked for with, by which a checkpoint knows it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
     def centred(self) -> bool:
         """Whether the activation statistic is mean abs(h - h_hat), which reads h twice."""
-        return self.activation == "centred"
+        return self.arithmetic.centred
 
     @property
     def keeps_mean(self) -> bool:
@@ -150,10 +145,9 @@ class Rule:
 
     @property
     def distribution(self) -> str:
-        """Of re-drawn weights: "uniform" in [-bound, bound), "normal" with deviation bound, "unit" in [0, 1)."""
-        if self.name == "clarena":
-            return "unit"
-        return "normal" if self.init in ("normal", "as_attached") else "uniform"
+        """Of re-drawn weights, as of `Arithmetic`."""
+        plain = self.arithmetic.distribution == "uniform"
+        return "normal" if plain and self.init in ("normal", "as_attached") else self.arithmetic.distribution
 
     def bound(self, fan_in: int, fan_out: int, convolution: bool) -> float:
         """Half-width (uniform) or standard deviation (normal) of re-drawn weights, whatever they were at attach.
@@ -163,7 +157,7 @@ class Rule:
             fan_out: out_features.
             convolution: convolutions are drawn as PyTorch draws them, whatever init and gain.
         """
-        if self.name == "clarena":
+        if self.distribution == "unit":
             return 1.0
         if convolution and self.init != "normal":
             return math.sqrt(1 / fan_in)
@@ -180,3 +174,8 @@ class Rule:
         if self.init == "xavier":
             return gain * math.sqrt(6 / (fan_in + fan_out))
         return gain * math.sqrt(3 / fan_in)
+
+
+def _names() -> list[str]:
+    """The methods, those first that `Rule` has a constructor of."""
+    return sorted(METHODS, key=lambda name: list(vars(Rule)).index(name) if name in vars(Rule) else math.inf)

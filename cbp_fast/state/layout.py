@@ -1,4 +1,4 @@
-"""Where a group's units lie: in the flat state, in the layers that read them, and in each tensor that is set."""
+"""Where a group's units lie: in the flat state, in the tensors of the model, and in what a reading layer sees."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..groups.layers import out_axis
 from ..groups.spec import Block, Member
 from ..tensors.parts import Place, place_of
-
-DRAW, FILL, TRANSFER = range(3)
 
 
 class TensorRef(NamedTuple):
@@ -77,26 +75,6 @@ class Layout(NamedTuple):
     slots: tuple[int, ...]
     incoming: tuple[tuple[int, Block], ...]  # in `State.weights`, empty where the rule does not read incoming weights
     stream: int  # Philox tensor id of the group's own draws
-
-
-class Region(NamedTuple):
-    """The part of one tensor that belongs to each unit of a group, and what re-initialisation puts there.
-
-    Unit j owns the indices of `block` along `axis`, whole along the other axes; of a grouped convolution's axis 1 it
-    owns its column in the rows of its convolution group.
-    """
-
-    kind: int  # DRAW from `distribution` with `value` as bound | FILL with `value` | TRANSFER into a bias
-    group: int
-    ref: TensorRef
-    axis: int
-    block: Block
-    conv_groups: int = 1
-    stream: int = 0  # Philox tensor id
-    distribution: str = "uniform"
-    value: float = 0.0
-    slot: int = 0  # TRANSFER: the reader
-    weight: TensorRef | None = None  # TRANSFER: the reader's weight
 
 
 def stream_id(name: str, group: bool = False) -> int:

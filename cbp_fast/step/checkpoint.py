@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,11 +13,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from ..rules.rule import Rule
 from ..tensors.memory import extent_of, room_of
 from .settings import checked_hyper, shown
-
-
-def described(rule: Rule) -> dict[str, Any]:
-    """A rule as a `state_dict` holds it."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.init}
 
 
 def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:

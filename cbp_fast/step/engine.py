@@ -20,12 +20,13 @@ from ..groups.spec import ResolvedGroup
 from ..hooks.observing import _here, in_functional_call
 from ..parallel.processes import Processes
 from ..rules.rule import Rule
-from ..state.layout import TRANSFER, TensorRef
+from ..state.layout import TensorRef
+from ..state.regions import TRANSFER
 from ..state.state import State
 from ..tensors.memory import copy_buffer, extent_of, is_fake, room_of
 from ..tensors.native import DTYPES, nbytes, unwritable
 from ..tensors.parts import is_dtensor, local, local_activations
-from .checkpoint import checked_state, described
+from .checkpoint import checked_state
 from .forwards import Forward, Stream, stream_of
 from .journal import Journal
 from .known import Known
@@ -422,7 +423,7 @@ class Engine:
 
     def _collected(self, optimizers: Sequence[Optimizer]) -> tuple[list[int], list[Tensor]]:
         state = self._state
-        reset = state.rule.reset_optimizer and state.rule.name != "clarena"
+        reset = state.rule.arithmetic.resets_optimizer
         chosen = [1] * len(state.layouts) if self.chooses_alone else state.num_chosen.tolist()
         numbers: list[int] = []
         tensors: list[Tensor] = []
@@ -530,7 +531,7 @@ class Engine:
             }
             if state.rule.keeps_mean:
                 groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
-        rule = described(state.rule)
+        rule = state.rule.options
         numbers = {"seed": int(state.seed), "step": int(state.step)}
         measured = {"deviations": state.deviations} if state.deviations else {}
         return {"rule": rule, **self._hyper, **numbers, **measured, "groups": groups}

@@ -25,7 +25,8 @@ from torch.compiler import is_compiling
 
 from ...groups.layers import out_axis
 from ...rules.rule import Rule
-from ...state.layout import DRAW, TRANSFER, Region, Slot
+from ...state.layout import Slot
+from ...state.regions import DRAW, TRANSFER, Region
 from ...state.state import State
 from ...tensors.native import describe
 from .. import reference
@@ -545,7 +546,7 @@ def capture_(state: State, slot: int, h: Tensor) -> None:
     if is_compiling():
         # a compiler makes a kernel of its own from this
         reference.capture_(state, slot, h)
-    elif state.rule.activation or state.rule.keeps_mean:
+    elif state.rule.arithmetic.activation or state.rule.keeps_mean:
         tables = _tables_of(state)
         with tables.on_device():
             _run_captures(state, tables, *_captures(state, tables, [h], [slot]))
@@ -619,7 +620,7 @@ def _run_captures(state: State, tables: _Tables, rounds: Sequence[_Round], addre
             hats = (one.hat_blocks, tables.columns, tables.addresses)
             k.launch(k.hat, (one.hats,), hats, {"PREVIOUS": state.previous_mean})
             add_up(one.plans, k.DISTANCES.value, False)
-        elif rule.activation:
+        elif rule.arithmetic.activation:
             add_up(one.plans, k.MAGNITUDES.value, not rule.keeps_mean)
 
 
@@ -627,7 +628,7 @@ def _run_captures(state: State, tables: _Tables, rounds: Sequence[_Round], addre
 def sum_(state: State, weights: Sequence[Tensor], held: Sequence[Tensor], slots: Sequence[int]) -> None:
     """See `reference.sum_`; of processes that have all weights, which `choose_` reads."""
     assert not weights
-    if state.rule.activation or state.rule.keeps_mean:
+    if state.rule.arithmetic.activation or state.rule.keeps_mean:
         tables = _tables_of(state)
         with tables.on_device():
             _run_captures(state, tables, *_captures(state, tables, held, slots))
@@ -659,8 +660,10 @@ class _Step(_Plan):
         ranked: Sequence[int],
     ) -> None:
         # activations by slot, so that a slot's sums are neighbours
-        rule = state.rule
-        activations = sorted(_activation_sums(state, held, slots) if rule.activation else [], key=lambda s: s.slot)
+        arithmetic = state.rule.arithmetic
+        activations = sorted(
+            _activation_sums(state, held, slots) if rule.arithmetic.activation else [], key=lambda s: s.slot
+        )
         sums = list(activations)
         of_slot = [s.slot for s in activations]
         # only the first part of a divided activation brings its samples
@@ -670,7 +673,7 @@ class _Step(_Plan):
             samples[s] += h.numel() // h.shape[h.dim() - 1 - slot.spatial]
         sum_of_slot = [0] * len(state.slots)
         for i, slot in enumerate(state.slots):
-            if rule.outgoing:
+            if arithmetic.outgoing:
                 module, number = state.modules[slot.weight], len(held) + slot.weight
                 sum_of_slot[i] = len(sums)
                 weight = weights[slot.weight]
@@ -686,7 +689,7 @@ class _Step(_Plan):
         for i, slot in enumerate(state.slots):
             _, unit_stride, per_unit, position_stride = slot.block
             elements = per_unit
-            if rule.outgoing:
+            if arithmetic.outgoing:
                 elements = per_unit * (weights[slot.weight].numel() // slot.features)
             first, last = bisect_left(of_slot, i), bisect_right(of_slot, i)
             readers += Reader(
@@ -698,8 +701,8 @@ class _Step(_Plan):
                 last - first,
                 self.totals[first] // 8 if last > first else 0,
                 first,
-                self.totals[sum_of_slot[i]] // 8 if rule.outgoing else 0,
-                sums[sum_of_slot[i]].fold if rule.outgoing else 1,
+                self.totals[sum_of_slot[i]] // 8 if arithmetic.outgoing else 0,
+                sums[sum_of_slot[i]].fold if arithmetic.outgoing else 1,
                 elements,
             )
         rows: list[int] = []

@@ -11,15 +11,16 @@ from . import kernels as triton_kernels
 
 def meta_of(rule: Rule, wide: bool) -> dict[str, Any]:
     """What `select` is compiled for, besides the types that it sums: a rule, and whether utilities are float64."""
+    arithmetic = rule.arithmetic
     return {
-        "ACTIVATION": rule.activation is not None,
-        "OUTGOING": (None, "sum", "mean").index(rule.outgoing),
-        "INCOMING": (None, "times_sum", "divide").index(rule.incoming),
+        "ACTIVATION": arithmetic.activation is not None,
+        "OUTGOING": arithmetic.number("outgoing"),
+        "INCOMING": arithmetic.number("incoming"),
         "MEAN": rule.keeps_mean,
-        "MIN_MAX": rule.name == "clarena",
-        "SCORE": 2 if rule.utility == "random" else int(rule.name == "clarena"),
-        "ACCRUAL": 2 if rule.name == "clarena" else int(rule.accrual == "all"),
-        "COUNT": 2 if rule.name == "clarena" else int(not rule.accumulate),
+        "MIN_MAX": arithmetic.normalisation == "min_max",
+        "SCORE": arithmetic.number("score"),
+        "ACCRUAL": arithmetic.number("accrual"),
+        "COUNT": arithmetic.number("count"),
         "WIDE_UTILITY": wide,
     }
 
@@ -36,7 +37,7 @@ def kernels_of(
     """
     k, meta = triton_kernels, meta_of(rule, wide)
     found: list[tuple[Any, dict[str, Any]]] = []
-    if rule.activation or rule.outgoing or rule.incoming:
+    if meta["ACTIVATION"] or meta["OUTGOING"] or meta["INCOMING"]:
         found.append((k.select, {"TYPES": types, **meta}))
     if meta["MIN_MAX"] or meta["SCORE"] == 2:
         found.append((k.score, score_meta(meta)))
@@ -46,7 +47,7 @@ def kernels_of(
     if rule.centred:
         found.append((k.hat, {"PREVIOUS": previous}))
         found.append((k.capture, {"TYPES": types, "SUM": k.DISTANCES.value, "COUNTS": False}))
-    elif rule.activation and (inline or rule.keeps_mean):
+    elif rule.arithmetic.activation and (inline or rule.keeps_mean):
         found.append((k.capture, {"TYPES": types, "SUM": k.MAGNITUDES.value, "COUNTS": not rule.keeps_mean}))
     if rule.transfer_bias:
         found.append((k.transfer, {}))
@@ -60,6 +61,6 @@ def score_meta(meta: dict[str, Any]) -> dict[str, Any]:
 
 def at_most(rule: Rule, num_units: int, rate: float) -> int:
     """How many units of a group a step chooses, where less than one was left to be chosen from the one before."""
-    if rule.name == "clarena":
+    if rule.arithmetic.count == "one":
         return 1
-    return num_units if rule.accrual == "all" else min(num_units, math.ceil(rate * num_units))
+    return num_units if rule.arithmetic.accrual == "all" else min(num_units, math.ceil(rate * num_units))
