@@ -662,7 +662,7 @@ class _Step(_Plan):
         # activations by slot, so that a slot's sums are neighbours
         arithmetic = state.rule.arithmetic
         activations = sorted(
-            _activation_sums(state, held, slots) if rule.arithmetic.activation else [], key=lambda s: s.slot
+            _activation_sums(state, held, slots) if arithmetic.activation else [], key=lambda s: s.slot
         )
         sums = list(activations)
         of_slot = [s.slot for s in activations]
