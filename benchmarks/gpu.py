@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup
-from cbp_fast.backends.triton import kernels as triton_kernels
+from cbp_fast.backends.triton import kernels, launching
 from cbp_fast.bench import networks
 from cbp_fast.bench.step import compiled_select
 
@@ -351,7 +351,7 @@ def registers() -> dict[str, tuple[int, int]]:
     """Registers and spills of every kernel that was launched here, by Triton's own records."""
     found = {}
     for name in KERNELS:
-        kernel = getattr(triton_kernels, name, None)
+        kernel = getattr(kernels, name, None)
         for caches in getattr(kernel, "device_caches", {}).values():
             for number, built in enumerate(caches[0].values()):
                 found[f"{name} {number}"] = (getattr(built, "n_regs", None), getattr(built, "n_spills", None))
@@ -675,16 +675,16 @@ def options(report: Report, fit: Fit, small: bool, change: str = "") -> None:
     if change == "launch":
 
         def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], meta: Any) -> None:
-            kernel[grid](*args, **meta, **triton_kernels.OPTIONS)
+            kernel[grid](*args, **meta, **launching.OPTIONS)
 
         ways: dict[str, Callable[[], None]] = {
             "as it is": lambda: None,
-            "through Triton's own launcher": lambda: setattr(triton_kernels, "launch", launch),
+            "through Triton's own launcher": lambda: setattr(launching, "launch", launch),
         }
     else:
         key, value = change.split("=")
         # alone in its process: what was compiled before would be launched again
-        ways = {change: lambda: triton_kernels.OPTIONS.update({key: int(value)})}
+        ways = {change: lambda: launching.OPTIONS.update({key: int(value)})}
     for way, prepare in ways.items():
         prepare()
         for name, net in list(nets.items())[: 1 if small else 2]:

@@ -65,14 +65,14 @@ def install(capability: int) -> None:
     import torch
     import triton
 
-    from cbp_fast.backends.triton import backend as triton_backend
+    from cbp_fast.backends.triton import backend
 
     triton.runtime.driver.set_active(Driver(capability))
     # what is launched on the device of a tensor is launched on the CPU's
     torch.cuda.device = lambda device: contextlib.nullcontext()
-    why_not = triton_backend.why_not
+    why_not = backend.why_not
     # what it says of a device that is neither the CPU nor a GPU is about the rule
-    triton_backend.why_not = lambda rule, device, split: why_not(rule, torch.device("meta"), split)
+    backend.why_not = lambda rule, device, split: why_not(rule, torch.device("meta"), split)
 
     def chooses(function: Any) -> Any:
         def chosen(state: Any, *args: Any) -> int:
@@ -85,7 +85,7 @@ def install(capability: int) -> None:
         return chosen
 
     for name in ("select_", "choose_"):
-        setattr(triton_backend, name, chooses(getattr(triton_backend, name)))
+        setattr(backend, name, chooses(getattr(backend, name)))
 
 
 def pytest_configure(config: Any) -> None:
@@ -107,7 +107,7 @@ def main() -> int:
     environment["TRITON_STORE_BINARY_ONLY"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     tests = [sys.executable, "-m", "pytest", "-p", "gpu_ahead", "-p", "no:cacheprovider", "-W", "ignore", "-q"]
-    tests += ["--tb=no", "--no-summary", "tests/test_gpu.py", *(["-k", given.tests] if given.tests else [])]
+    tests += ["--tb=no", "--no-summary", "tests/gpu/test_gpu.py", *(["-k", given.tests] if given.tests else [])]
     programs = [[sys.executable, "benchmarks/gpu.py", *phase.split()[:1]] for phase in PHASES]
     for program, phase in zip(programs, PHASES, strict=True):
         program += ["--options", phase.split()[1]] if " " in phase else []

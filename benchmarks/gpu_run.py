@@ -123,7 +123,7 @@ def plan(rehearse: bool, cheap: bool, work: Path, out: Path) -> list[Phase]:
         words = [python, PROGRAM, name.split()[0], "--json", "{json}", *inner, *small, *options]
         return Phase(name, seconds, words, **more)
 
-    tests = [python, "-m", "pytest", "tests/test_gpu.py", *pytest_options(rehearse, work)]
+    tests = [python, "-m", "pytest", "tests/gpu/test_gpu.py", *pytest_options(rehearse, work)]
     if cheap:
         tests += ["-k", "one_step and nature and float32 or hundred"]
     phases = [

@@ -28,8 +28,7 @@ import torch
 from torch import nn
 
 from cbp_fast import ContinualBackprop
-from cbp_fast.backends.triton import backend as triton_backend
-from cbp_fast.backends.triton import kernels as triton_kernels
+from cbp_fast.backends.triton import backend, launching
 from cbp_fast.cli.info import versions
 
 RESULTS = Path(__file__).parent / "results" / "host_step.json"
@@ -57,8 +56,8 @@ def prepared(depth: int) -> Callable[[], None]:
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.Adam(model.parameters())
     # as a device's choice is: not known to the host
-    triton_backend.chosen_of = lambda state: -1
-    triton_kernels._compiled = _Stub()
+    backend.chosen_of = lambda state: -1
+    launching._compiled = _Stub()
     cbp = ContinualBackprop(model, optimizer, backend="triton", capture="deferred", seed=0)
     for _ in range(3):
         optimizer.zero_grad()

@@ -29,14 +29,15 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "triton"), str(HERE)]
 
 from ahead_of_time import Specialisation, compiled  # noqa: E402
-from ptx_machine import Assembler, Launch  # noqa: E402
+from ptx_assembler import Assembler  # noqa: E402
+from ptx_machine import Launch  # noqa: E402
 
 from cbp_fast import ContinualBackprop, UnitGroup  # noqa: E402
-from cbp_fast.backends.triton import kernels as triton_kernels  # noqa: E402
-from cbp_fast.backends.triton.kernels import Job  # noqa: E402
+from cbp_fast.backends.triton import launching  # noqa: E402
+from cbp_fast.backends.triton.rows import Job  # noqa: E402
 
 BEFORE, NOW = (HERE / "results" / f"triton_tail{name}.json" for name in ("_before", ""))
 # microseconds
@@ -113,7 +114,7 @@ def tail(net: Net, chosen: int) -> Tail:
     cbp._engine.use("triton")
     for slot, h in enumerate(net.held):
         cbp._engine.record(slot, h)
-    with mock.patch.object(triton_kernels, "launch", clock.launch):
+    with mock.patch.object(launching, "launch", clock.launch):
         cbp.step()
     assert min(map(len, cbp.last_replaced.values())) == chosen
     return Tail(len(clock.tails), sum(clock.tails))

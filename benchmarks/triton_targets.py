@@ -20,16 +20,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "triton"), str(HERE)]
 
 from ahead_of_time import TARGETS, Specialisation, compiled  # noqa: E402
 from gpu import NETS, build  # noqa: E402
 from triton_tail import tail_table  # noqa: E402
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup  # noqa: E402
-from cbp_fast.backends.triton.backend import _Step  # noqa: E402
-from cbp_fast.backends.triton.kernels import FLOAT64, Job  # noqa: E402
+from cbp_fast.backends.triton.rows import FLOAT64, Job  # noqa: E402
 from cbp_fast.backends.triton.specialising import kernels_of  # noqa: E402
+from cbp_fast.backends.triton.step_plan import StepPlan  # noqa: E402
 
 # registers, threads and programs that one multiprocessor holds, and its shared memory in bytes
 REGISTERS, PROGRAMS = 65536, 32
@@ -89,7 +89,7 @@ def bytes_of_step(name: str) -> tuple[int, int, int]:
     state = ContinualBackprop(model, groups=groups, backend="reference")._engine.state
     weights = [ref.get() for ref in state.weights]
     aligned = [0] * (len(weights) + len(held))
-    plan = _Step(state, weights, held, list(range(len(held))), aligned, ())
+    plan = StepPlan(state, weights, held, list(range(len(held))), aligned, ())
     besides = 0
     for job in map(Job._make, plan.jobs.view(-1, len(Job._fields)).tolist()):
         item = 8 if job.kind // 4 == FLOAT64.value else 4

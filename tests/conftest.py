@@ -8,7 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
     import hypothesis
-except ModuleNotFoundError:  # tests/test_gpu.py does without
+except ModuleNotFoundError:  # tests/gpu/test_gpu.py does without
     hypothesis = None
 import numpy as np
 import pytest

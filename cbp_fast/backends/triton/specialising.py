@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from ...rules.rule import Rule
-from . import kernels as triton_kernels
+from . import kernels
+from .rows import DISTANCES, MAGNITUDES, VALUES
 
 
 def meta_of(rule: Rule, wide: bool) -> dict[str, Any]:
@@ -35,22 +36,22 @@ def kernels_of(
         previous: whether distances are measured from the mean that the step before left.
         inline: whether activations may be summed in the forward.
     """
-    k, meta = triton_kernels, meta_of(rule, wide)
+    meta = meta_of(rule, wide)
     found: list[tuple[Any, dict[str, Any]]] = []
     if meta["ACTIVATION"] or meta["OUTGOING"] or meta["INCOMING"]:
-        found.append((k.select, {"TYPES": types, **meta}))
+        found.append((kernels.select, {"TYPES": types, **meta}))
     if meta["MIN_MAX"] or meta["SCORE"] == 2:
-        found.append((k.score, score_meta(meta)))
-    found.append((k.reinit, {"WIDE_UTILITY": wide}))
+        found.append((kernels.score, score_meta(meta)))
+    found.append((kernels.reinit, {"WIDE_UTILITY": wide}))
     if rule.keeps_mean:
-        found.append((k.capture, {"TYPES": types, "SUM": k.VALUES.value, "COUNTS": True}))
+        found.append((kernels.capture, {"TYPES": types, "SUM": VALUES.value, "COUNTS": True}))
     if rule.centred:
-        found.append((k.hat, {"PREVIOUS": previous}))
-        found.append((k.capture, {"TYPES": types, "SUM": k.DISTANCES.value, "COUNTS": False}))
+        found.append((kernels.hat, {"PREVIOUS": previous}))
+        found.append((kernels.capture, {"TYPES": types, "SUM": DISTANCES.value, "COUNTS": False}))
     elif rule.arithmetic.activation and (inline or rule.keeps_mean):
-        found.append((k.capture, {"TYPES": types, "SUM": k.MAGNITUDES.value, "COUNTS": not rule.keeps_mean}))
+        found.append((kernels.capture, {"TYPES": types, "SUM": MAGNITUDES.value, "COUNTS": not rule.keeps_mean}))
     if rule.transfer_bias:
-        found.append((k.transfer, {}))
+        found.append((kernels.transfer, {}))
     return found
 
 

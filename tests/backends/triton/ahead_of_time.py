@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there, in a process without the interpreter; `compiled` runs it.
 
-TRITON_INTERPRET=0 python tests/ahead_of_time.py DIRECTORY < SPECIALISATIONS
+TRITON_INTERPRET=0 python tests/backends/triton/ahead_of_time.py DIRECTORY < SPECIALISATIONS
 """
 
 import functools
@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
+ROOT = Path(__file__).parents[3]
 # of every version; its keys tell them apart
-CACHE = Path(__file__).parents[1] / "build" / "triton"
+CACHE = ROOT / "build" / "triton"
 
 
 class Specialisation(NamedTuple):
@@ -43,12 +44,13 @@ def _compile(specialisation):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cbp_fast.backends.triton import kernels as triton_kernels
+    from cbp_fast.backends.triton import kernels
+    from cbp_fast.backends.triton.launching import INT32, OPTIONS
 
     name, meta, target = specialisation
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(kernels, name)
     names = kernel.arg_names
-    types = ["*i32" if n in triton_kernels.INT32 else "*i64" for n in names if n not in dict(meta)]
+    types = ["*i32" if n in INT32 else "*i64" for n in names if n not in dict(meta)]
     source = ASTSource(
         kernel,
         {n: types[i] if i < len(types) else "constexpr" for i, n in enumerate(names)},
@@ -58,7 +60,7 @@ def _compile(specialisation):
     if target == AMD:
         gpu, options = GPUTarget("hip", target, 64), {"num_warps": 4, "enable_fp_fusion": False}
     else:
-        gpu, options = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), triton_kernels.OPTIONS
+        gpu, options = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), OPTIONS
     built = triton.compile(source, target=gpu, options=options)
     if target == AMD:
         return Compiled(built.asm["amdgcn"], "", 0, 0, built.metadata.shared, 0)
@@ -77,8 +79,7 @@ def _compile(specialisation):
 @functools.cache
 def compiled(*specialisations, python=sys.executable):
     """`Compiled` of each, by a Python's Triton. Triton's own cache makes the second time quick."""
-    root = str(Path(__file__).parents[1])
-    environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": root}
+    environment = {"TRITON_CACHE_DIR": str(CACHE), **os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as directory:
         command = [str(python), __file__, directory]
         result = subprocess.run(

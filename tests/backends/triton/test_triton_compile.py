@@ -9,12 +9,14 @@ import pytest
 import torch
 import triton
 from ahead_of_time import AMD, TARGETS, Specialisation, compiled
-from ptx_machine import Assembler, Launch, MachineError
+from ptx_assembler import Assembler
+from ptx_machine import Launch
+from ptx_values import MachineError
 from torch import nn
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup
-from cbp_fast.backends.triton import backend as triton_backend
-from cbp_fast.backends.triton import kernels as triton_kernels
+from cbp_fast.backends.triton import launching, tables
+from cbp_fast.backends.triton.rows import DISTANCES
 from cbp_fast.backends.triton.specialising import kernels_of
 
 BFLOAT16, FLOAT32, FLOAT64, EVERY_TYPE = 1 << 1, 1 << 2, 1 << 3, 2**4 - 1
@@ -68,7 +70,7 @@ def check_text(kernel, specialisation):
 def check_vectors(kernel, specialisation):
     """Every type's two aligned kinds read 16 bytes at a time, several tiles at once and then what is left of them."""
     meta = dict(specialisation.meta)
-    ahead = meta.get("SUM") != triton_kernels.DISTANCES.value
+    ahead = meta.get("SUM") != DISTANCES.value
     count = [2 * ((4 if ahead else 0) + 1)] * 2 + [4 * ((2 if ahead else 0) + 1)] * 2
     expected = sum(2 * count[i] for i in range(4) if meta["TYPES"] >> i & 1)
     assert len(re.findall(r"\bLDG\.E\.128\b", kernel.sass)) >= expected
@@ -177,8 +179,7 @@ REACHED = []
 
 
 def reached():
-    tables = triton_backend._tables.values()
-    return [*REACHED, *(tensor for t in tables for tensor in (t.is_chosen, t.hat))]
+    return [*REACHED, *(tensor for t in tables._tables.values() for tensor in (t.is_chosen, t.hat))]
 
 
 FLOATS = (torch.float32,) * 3
@@ -208,7 +209,7 @@ CASES = {
 )
 def test_compiled_code_on_the_machine(name, seed, monkeypatch):
     expected = step("reference", *CASES[name])
-    monkeypatch.setattr(triton_kernels, "launch", OnMachine(reached, seed).launch)
+    monkeypatch.setattr(launching, "launch", OnMachine(reached, seed).launch)
     for a, b in zip(step("triton", *CASES[name]), expected, strict=True):
         # of normal draws the last bit is not promised
         tolerance = 1e-6 if name == "embeddings and parts" else 0.0
@@ -256,7 +257,7 @@ def test_the_machine_finds_what_is_missing(mutant, counter, monkeypatch):
 
     expected = step("reference", *case)
     for seed in range(60):
-        monkeypatch.setattr(triton_kernels, "launch", OnMachine(reached, seed, change).launch)
+        monkeypatch.setattr(launching, "launch", OnMachine(reached, seed, change).launch)
         try:
             result = step("triton", *case)
         except MachineError as error:

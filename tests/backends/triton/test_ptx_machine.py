@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from ptx_machine import Assembler, Launch, MachineError
+from ptx_assembler import Assembler
+from ptx_machine import Launch
+from ptx_values import MachineError
 
 HEAD = """
 .visible .entry test(.param .u64 test_param_0, .param .u64 test_param_1)

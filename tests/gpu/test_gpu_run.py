@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_run.py"
 spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
 gpu_run = importlib.util.module_from_spec(spec)
