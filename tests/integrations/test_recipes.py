@@ -1,4 +1,4 @@
-"""The recipes of the README: the Hugging Face Trainer, and PPO in one file as CleanRL writes it."""
+"""The recipes of the documentation: the Hugging Face Trainer, and PPO in one file as CleanRL writes it."""
 
 import contextlib
 import re
@@ -13,11 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import cbp_fast
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-(CODE,) = re.findall(r"```python\n(class ContinualBackpropCallback\(transformers.*?)```", README, re.DOTALL)
+PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "frameworks.md").read_text()
+(CODE,) = re.findall(r"\n\n(class ContinualBackpropCallback\(transformers.*?)```", PAGE, re.DOTALL)
 
 
-def callback_of_the_readme():
+def callback_of_the_page():
     """It, word for word but for rates by which something happens in a few steps."""
     names = {"transformers": transformers, "cbp_fast": cbp_fast, "torch": torch}
     exec(CODE.replace("seed=0", "seed=0, replacement_rate=0.01, maturity_threshold=3"), names)
@@ -46,7 +46,7 @@ def test_hugging_face_trainer(tmp_path):
             use_cpu=True,
             disable_tqdm=True,
         )
-        callback = callback_of_the_readme()
+        callback = callback_of_the_page()
         Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train(**options)
         return model, callback.cbp
 
@@ -76,7 +76,7 @@ class Fails(transformers.TrainerCallback):
 )
 def test_hugging_face_trainer_goes_on_from_task_to_task(error, tmp_path):
     dataset = [{"input_ids": torch.randint(0, 50, (7,)), "labels": i % 2} for i in range(64)]
-    model, callback, fails = bert(layers=1), callback_of_the_readme(), Fails(error)
+    model, callback, fails = bert(layers=1), callback_of_the_page(), Fails(error)
     memory = isinstance(error, RuntimeError)
     options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(
