@@ -11,27 +11,25 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo bench bench-kernels results instructions test test-all test-exhaustive test-triton test-integrations zoo gpu \
-	gpu-cache sanitize lint format wheel check-wheel old-cpu clean FORCE
+.PHONY: help demo bench bench-kernels results instructions test test-all test-exhaustive test-triton test-integrations zoo \
+	docs gpu gpu-cache sanitize lint format wheel check-wheel old-cpu clean FORCE
 
-help:
-	@echo "make demo | bench | bench-kernels | results | instructions"
-	@echo "     test | test-all | test-exhaustive | test-triton VERSION=3.6.0 | test-integrations | zoo | gpu | gpu-cache | sanitize | lint | format"
-	@echo "     wheel | check-wheel | old-cpu | clean"
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/built
+demo: .venv/built  ## plain backprop beside continual backprop on a stream of tasks; two to three minutes
 	$(BIN)/python -m cbp_fast demo $(ARGS)
 
-bench: .venv/built
+bench: .venv/built  ## times one step; ARGS="--suite all" the rest
 	$(BIN)/python -m cbp_fast bench $(ARGS)
 
 # pytest-benchmark's own statistics of every operation
-bench-kernels: .venv/built
+bench-kernels: .venv/built  ## each operation, by pytest-benchmark
 	$(BIN)/pytest benchmarks $(ARGS)
 
 # All that README shows, in minutes; wants a machine with nothing else to do. ccbp-pytorch is one of the peers.
 RESULTS := benchmarks/results
-results: .venv/built
+results: .venv/built  ## all that README and docs show of times; minutes, on a machine with nothing else to do
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt ccbp-pytorch
 	$(BIN)/cbp-fast bench --suite all --seconds 8 --json $(RESULTS)/bench.json --csv $(RESULTS)/bench.csv --plot $(RESULTS) \
 		| tee $(RESULTS)/bench.txt
@@ -42,19 +40,19 @@ results: .venv/built
 		| tee $(RESULTS)/bench_kernels_two_threads.txt
 
 # under valgrind, which has to be installed; ARGS=--write keeps the counts
-instructions: .venv/built
+instructions: .venv/built  ## instruction counts, by valgrind, which has to be installed
 	$(BIN)/python benchmarks/instructions.py $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python benchmarks/host_step.py $(ARGS)
 
-test: .venv/built
+test: .venv/built  ## the quick tests; ARGS="-k state" some of them
 	$(PYTEST) -m "not slow and not gpu and not exhaustive" $(ARGS)
 
 # every operation, many random networks, a step stopped at every bytecode: ARGS="--networks 10000"
-test-exhaustive: .venv/built
+test-exhaustive: .venv/built  ## every operation, many random networks; ARGS="--networks 10000"
 	$(PYTEST) -m exhaustive $(ARGS)
 
 # what test leaves out
-test-all: .venv/built
+test-all: .venv/built  ## the slow ones, older Tritons, the sanitizers and test-integrations
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 	for version in $(OLDER_TRITONS); do $(MAKE) test-triton VERSION=$$version || exit 1; done
 	$(MAKE) sanitize
@@ -63,7 +61,7 @@ test-all: .venv/built
 # The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
 INTEGRATIONS := .venv-integrations/bin
 SMOKE := test_checkpoint.py test_golden.py test_modules.py
-test-integrations: .venv/built .venv-integrations/tools
+test-integrations: .venv/built .venv-integrations/tools  ## clarena, Lightning and the Hugging Face Trainer, under another PyTorch; 6 GB the first time
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(INTEGRATIONS)/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
@@ -73,14 +71,14 @@ test-integrations: .venv/built .venv-integrations/tools
 # Discovery on models of other libraries, in some hours; it goes on where it was stopped (rm build/zoo.jsonl
 # to begin anew). make zoo ARGS="--library timm", ARGS="--total 1800" for an even sample in half an hour
 ZOO := .venv-zoo/bin
-zoo: .venv/built .venv-zoo/tools
+zoo: .venv/built .venv-zoo/tools  ## discovery over the models of other people's libraries; gigabytes, hours (ARGS="--total 1800": a sample)
 	PYTHONPATH="$(CURDIR)" $(ZOO)/python benchmarks/zoo.py --report benchmarks/results/zoo.md $(ARGS)
 
 # Another Triton over the packages of .venv, whose own is the newest: 3.6.0 is that of PyTorch 2.10 and 2.11, 3.7.1 that
 # of 2.12 and 2.13, 3.8.0 that of 2.14
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
 TEST_TRITON = PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4
-test-triton: .venv/built .venv-triton-$(VERSION)/tools
+test-triton: .venv/built .venv-triton-$(VERSION)/tools  ## the Triton backend under another Triton: VERSION=3.6.0
 	$(TEST_TRITON) -m "not slow and not gpu and not exhaustive" tests/backends/triton/test_triton*.py $(ARGS)
 	$(TEST_TRITON) -k "every_specialisation or on_the_machine and 0" tests/backends/triton/test_triton_compile.py $(ARGS)
 
@@ -89,39 +87,46 @@ test-triton: .venv/built .venv-triton-$(VERSION)/tools
 GPU_PYTHON ?= python3
 GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)
 GPU_ENVIRONMENT := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$(CURDIR)/build/triton"
-gpu:
+gpu:  ## on a machine with a GPU, at most eight minutes; REHEARSE=1 without one
 	TRITON_INTERPRET=$(if $(REHEARSE),1,0) $(GPU_ENVIRONMENT) \
 		$(GPU_PYTHON) benchmarks/gpu_run.py "$(GPU_OUT)" $(if $(REHEARSE),--rehearse) $(ARGS)
 
 # What that would compile there is compiled here, by the same Triton, and no GPU is needed; build/triton goes along. For
 # another GPU than an H100: make gpu-cache ARGS="--capability 80"
-gpu-cache:
+gpu-cache:  ## compiles ahead what gpu would compile
 	TRITON_INTERPRET=0 $(GPU_ENVIRONMENT) $(GPU_PYTHON) benchmarks/gpu_ahead.py $(ARGS)
 
 # A second build of the package, in build/sanitize, run under AddressSanitizer and UBSan; for GCC. Python is linked to
 # neither the sanitizer nor the C++ library whose exceptions it watches, so both are loaded ahead of it. What Python
 # leaks at exit is not ours. Python's own flags have -fwrapv, which would hide a signed overflow.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: .venv/built
+sanitize: .venv/built  ## the kernels under AddressSanitizer and UBSan
 	CXX="$(CXX)" CFLAGS="$(SANITIZE) -fno-wrapv" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py --quiet build --debug --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/python tests/sanitize_run.py
 
-lint: .venv/tools
+# Warnings are errors, and a name that leads nowhere is one; what is in the pages then runs: the examples while they are
+# built, every other block of code by doctest
+docs: .venv/built .venv/docs  ## the documentation, in build/docs; runs every block of code in it
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky --doctree-dir build/doctrees docs build/docs
+	$(BIN)/sphinx-build --quiet --builder doctest --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/doctest
+	@tail -n 5 build/doctest/output.txt
+
+lint: .venv/tools  ## ruff, mypy, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: .venv/tools
+format: .venv/tools  ## mends what lint would say of layout
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
 # dist/ gets the source distribution, and the wheel made of it; PyTorch's libraries stay PyTorch's
-wheel: .venv/built
+wheel: .venv/built  ## the wheel and the source distribution, in dist/, tried in a clean environment
 	$(BIN)/pip install --quiet --group wheel
 	rm -rf build/wheel dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel
@@ -131,20 +136,20 @@ wheel: .venv/built
 	$(MAKE) check-wheel
 
 # the wheel in dist/ with TORCH and nothing else of ours, from another directory: make check-wheel TORCH=torch==2.14.1
-check-wheel:
+check-wheel:  ## the wheel in dist/ under another PyTorch: TORCH=torch==2.14.1
 	$(PYTHON) -m venv --clear build/clean
 	build/clean/bin/pip install --quiet "$(TORCH)" dist/*.whl
 	cd / && "$(CURDIR)/build/clean/bin/python" -W "ignore:Failed to initialize NumPy" "$(CURDIR)/tests/wheel_run.py"
 
 # the oldest CPU that PyTorch itself runs on, emulated by qemu-user, must give the results of this one
-old-cpu: .venv/built
+old-cpu: .venv/built  ## an emulated CPU of 2008 must give the same bits; needs qemu-user
 	mkdir -p build
 	$(BIN)/python tests/wheel_run.py | tee build/this-cpu.txt
 	qemu-x86_64 -cpu Nehalem $(BIN)/python tests/wheel_run.py | tee build/old-cpu.txt
 	grep -q "baseline of baseline; $$(sed 's/.*; //' build/this-cpu.txt)$$" build/old-cpu.txt
 
-clean:
-	rm -rf .venv/built .venv-triton-* build dist *.egg-info cbp_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## removes what was built, but for .venv
+	rm -rf .venv/built .venv-triton-* build dist docs/examples docs/api/command *.egg-info cbp_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -158,6 +163,10 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	@touch $@
+
+.venv/docs: pyproject.toml .venv/torch.txt | .venv/tools
+	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group docs
 	@touch $@
 
 .venv-integrations/tools: pyproject.toml

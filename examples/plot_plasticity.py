@@ -65,8 +65,8 @@ show("effective rank", plain_ranks, ranks)
 show("mean weight magnitude", *([m["weight_magnitude"] for m in history] for history in (plain, continual)))
 
 # %%
-# Numbers want another run beside them: seen alone, the rank of the plain run would pass for an improvement. And they are
-# signs, not the loss: the weights grow with replacement, too, for new ones are drawn at the size of the first.
+# Numbers want another run beside them: seen alone, the rank of the plain run would pass for an improvement. And they
+# are signs, not the loss: the weights grow with replacement, too, for new ones are drawn at the size of the first.
 #
 # The monitor's history is plain numbers, which ``json.dump`` takes; ``metrics.plot`` draws it, and ``figure.savefig``
 # writes the picture. This is the run without replacement, whose ages grow without an end. Dormant units and ranks are
