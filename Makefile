@@ -118,6 +118,7 @@ lint: .venv/tools  ## ruff, mypy, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: .venv/tools  ## mends what lint would say of layout

@@ -2,221 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import repeat
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch._C import _get_tracing_state as _tracing
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .attaching.asking import Asked, filtered, in_forward_order
+from .attaching.awaiting import Awaited
+from .attaching.places import Place, compared, places_of
+from .attaching.recording import FirstForward, Later, Recorder
+from .attaching.sharing import check_not_attached
+from .attaching.turns import Round, check_optimizers, optimizers_in
 from .discovery.finding import NeedsInputs, explain, find_unit_groups
 from .discovery.running import Given
 from .groups.layers import names_of
-from .groups.resolving import check_disjoint, resolve, strings
+from .groups.resolving import check_disjoint, resolve
 from .groups.spec import Part, ResolvedGroup, UnitGroup
 from .hooks.forwards import Hook, forget_compiled, hang, take_off
-from .hooks.observing import in_functional_call, is_observed
-from .hooks.optimizers import (
-    check_runs_hooks,
-    inside_step,
-    is_optimizer,
-    let_go,
-    skipped,
-    unwatch_skips,
-    watch_skips,
-    with_inner,
-)
+from .hooks.optimizers import inside_step, let_go, skipped, unwatch_skips, watch_skips, with_inner
 from .hooks.registry import FORGOTTEN, enlist, everyone, strike
-from .layers import check_not_attached
 from .parallel.processes import join_processes, several_processes, unwrapped
 from .rules.rule import Rule
 from .state.regions import check_served
-from .step.checkpoint import checked_state
 from .step.engine import Engine
 from .step.joining import Joinable, join_hook_of, notify_join
 from .step.rates import Rates
-from .step.settings import checked_hyper, checked_seed
+from .step.settings import checked_seed
 from .step.together import step_together
 from .tensors.memory import own_tensors, shared_memory
 from .tensors.parts import is_dtensor
-
-
-class _Nobody:
-    """Stands for the engine of a hook that was taken off, and may hang elsewhere still."""
-
-    @staticmethod
-    def record(slot: int, h: Tensor) -> None:
-        """Nobody looks at it."""
-
-
-class _Recorder(Hook):
-    """Forward pre-hook of a reading layer: its input is the feature that its weight multiplies."""
-
-    __slots__ = ("engine", "slot")
-
-    def __init__(self, owner: ContinualBackprop, engine: Engine, slot: int) -> None:
-        super().__init__(owner)
-        self.engine: Engine | _Nobody = engine
-        self.slot = slot
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        # a trace would hold what is done with the activations
-        if module.training and is_grad_enabled() and not _tracing():
-            self.engine.record(self.slot, args[0] if args else kwargs["input"])
-
-    def off(self) -> None:
-        self.engine = _Nobody()
-
-
-class _Later(Hook):
-    """Forward pre-hook of the model that takes off what could not be taken off at once."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        if not is_compiling():
-            self.owner._sweep()
-
-
-class _Asked(NamedTuple):
-    """What is remembered of how the groups are to be found."""
-
-    groups: UnitGroup | Sequence[UnitGroup] | None
-    example_inputs: Any
-    include: str | Sequence[str] | None
-    exclude: str | Sequence[str] | None
-    include_coupled: bool = False
-    unreached_ok: bool = False
-    ignore_outputs: str | Sequence[str] = ()
-    verify: bool = False
-
-    def finding(self) -> dict[str, Any]:
-        """The options of `find_unit_groups`."""
-        return {name: getattr(self, name) for name in ("include_coupled", "unreached_ok", "ignore_outputs", "verify")}
-
-    def without_finding(self) -> _Asked:
-        return self._replace(include_coupled=False, unreached_ok=False, ignore_outputs=(), verify=False)
-
-    def check_given(self) -> None:
-        """Raises ValueError for options of finding groups, where groups are given."""
-        # a beginning of all outputs is empty
-        options = [name for name, value in self.finding().items() if value or value == ""]
-        if options:
-            names = ", ".join(options)
-            raise ValueError(
-                f"groups= gives the unit groups, and {names} is for finding them (verify_unit_group checks given ones)"
-            )
-
-
-class _Place(NamedTuple):
-    """A module among the children of another."""
-
-    children: dict[str, nn.Module | None]
-    key: str
-    name: str
-    module: nn.Module
-
-
-class _FirstForward(Hook):
-    """Forward pre-hook of the model that finds its groups."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
-        looks = module.training and is_grad_enabled() and not _tracing() and not is_compiling() and is_observed()
-        # nor by parameters that are not the model's
-        if looks and not in_functional_call():
-            self.owner._attach_in_forward(args, kwargs or {})
-
-
-class _Round:
-    """Which of the optimizers are still to step, and whether one of the others did not skip its update."""
-
-    __slots__ = ("everyone", "stepped", "waiting")
-
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self.everyone = frozenset(map(id, optimizers))
-        # of a round that has begun
-        self.waiting: set[int] = set()
-        self.stepped = False
-
-    def is_last(self, optimizer: Optimizer) -> bool:
-        """Whether all the others have stepped."""
-        return (self.waiting or self.everyone) <= {id(optimizer)}
-
-    def after(self, optimizer: Optimizer, was_skipped: bool) -> bool | None:
-        """Whether there was an update, once all optimizers have stepped; before that None."""
-        # not when the last one ends: an interrupt there would move the next rounds
-        if not self.waiting:
-            self.stepped = False
-            self.waiting = set(self.everyone)
-        self.waiting.discard(id(optimizer))
-        self.stepped |= not was_skipped
-        return None if self.waiting else self.stepped
-
-
-class _Awaited:
-    """Stands for the engine until a training forward shows which groups there are."""
-
-    backend = "not chosen before the first training forward"
-    has_data = False
-    chooses_alone = False
-    held_bytes = 0
-    why_not_triton = None
-    processes = None
-
-    def __init__(self, rule: Rule, hyper: dict[str, float], capture: str) -> None:
-        self.rule = rule
-        self.hyper = checked_hyper(hyper)
-        # less what was loaded
-        self.set = dict(self.hyper)
-        self.capture = capture
-        self.enabled = True
-        self.kept: dict[str, Any] | None = None
-        nothing = torch.zeros(0)
-        self.state = SimpleNamespace(layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing)
-
-    def set_hyper(self, **values: float) -> None:
-        checked = checked_hyper(values)
-        for rates in (self.set, self.hyper, self.kept):
-            if rates is not None:
-                rates.update(checked)
-
-    def to(self, device: torch.device) -> None:
-        """Nothing is anywhere yet."""
-
-    def select(self) -> int:
-        """Nothing is chosen yet."""
-        return 0
-
-    def forget_forwards(self) -> None:
-        """Nothing is held yet."""
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.kept is None:
-            raise RuntimeError(
-                "the unit groups are found in the first training forward, so there is no state yet; with "
-                "example_inputs they are found when attaching"
-            )
-        return copy.deepcopy(self.kept)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keep a copy, of which all is checked but which groups there are."""
-        own = {"rule": self.rule.options, **self.hyper, "seed": 0, "step": 0, "groups": None}
-        measured = {"deviations": None} if self.rule.init == "as_attached" else {}
-        kept = checked_state(state_dict, own | measured)
-        self.hyper = {key: kept[key] for key in self.hyper}
-        self.kept = kept
 
 
 class ContinualBackprop(Rates, Joinable):
@@ -298,10 +118,10 @@ class ContinualBackprop(Rates, Joinable):
             raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
         super().__init__()
         self._rule = Rule.make(rule)
-        steppers = _optimizers(optimizer)
+        steppers = optimizers_in(optimizer)
         self._wrapped, self._model, self._process_group = model, unwrapped(model), process_group
         self._backend, self._seed = backend, seed
-        self._asked = _Asked(groups, example_inputs, include, exclude)._replace(
+        self._asked = Asked(groups, example_inputs, include, exclude)._replace(
             include_coupled=include_coupled, unreached_ok=unreached_ok, ignore_outputs=ignore_outputs, verify=verify
         )
         hyper = {
@@ -310,14 +130,14 @@ class ContinualBackprop(Rates, Joinable):
             "decay_rate": decay_rate,
         }
         self._seed = checked_seed(capture, seed)
-        self._engine: Engine = cast(Engine, _Awaited(self._rule, hyper, capture))
+        self._engine: Engine = cast(Engine, Awaited(self._rule, hyper, capture))
         self._misfit: ValueError | None = None
         self._groups: list[UnitGroup] = []
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         self._parents: list[dict[str, nn.Module | None]] = []
         self._keys: list[str] = []
         self._modules: list[nn.Module | None] = []
-        self._round = _Round([])
+        self._round = Round([])
         # our hooks, and where they hang; none: it is not attached
         self._hooks: list[tuple[nn.Module, Hook]] = []
         # those that are followed, and those that keep state, which may be inside of them
@@ -334,7 +154,7 @@ class ContinualBackprop(Rates, Joinable):
         self._assigned: list[tuple[nn.Module, str]] = []
         self._follow(self._asked, steppers)
 
-    def _follow(self, asked: _Asked, steppers: list[Optimizer], example_inputs: Any = None) -> None:
+    def _follow(self, asked: Asked, steppers: list[Optimizer], example_inputs: Any = None) -> None:
         """Attach to the model as it is, or go on so; if it raises, wherever that is, nothing has changed.
 
         Args:
@@ -353,11 +173,11 @@ class ContinualBackprop(Rates, Joinable):
                     # in a forward, parameters that processes hold parts of are not what they are in a step
                     if any(is_dtensor(p) for p in self._model.parameters()):
                         raise
-                    new |= {"_waiting": True, "_hooks": [(self._model, _FirstForward(self))], **_compared([])}
+                    new |= {"_waiting": True, "_hooks": [(self._model, FirstForward(self))], **compared([])}
                 else:
                     new |= self._attach(resolved, before)
                 if steppers != self._steppers:
-                    new |= {"_steppers": steppers, "_optimizers": with_inner(steppers), "_round": _Round(steppers)}
+                    new |= {"_steppers": steppers, "_optimizers": with_inner(steppers), "_round": Round(steppers)}
                     if not steppers:
                         # whoever calls step() from now on may forget it
                         new |= {"_heard": False, "_unheard": 0}
@@ -378,7 +198,7 @@ class ContinualBackprop(Rates, Joinable):
                 deque(map(object.__setattr__, repeat(self), new, new.values()), maxlen=0)
                 if before is not self._engine:
                     before.enabled = False
-                elif self._waiting and not isinstance(before, _Awaited):
+                elif self._waiting and not isinstance(before, Awaited):
                     before.forget_forwards()
             finally:
                 self._sweep()
@@ -395,7 +215,7 @@ class ContinualBackprop(Rates, Joinable):
                 self.remove()
             raise
 
-    def _resolve(self, asked: _Asked, steppers: list[Optimizer], example_inputs: Any) -> list[ResolvedGroup]:
+    def _resolve(self, asked: Asked, steppers: list[Optimizer], example_inputs: Any) -> list[ResolvedGroup]:
         """The groups, given or found in the model as it is, after all checks."""
         groups = [asked.groups] if isinstance(asked.groups, UnitGroup) else asked.groups
         example_inputs = asked.example_inputs if example_inputs is None else example_inputs
@@ -407,18 +227,18 @@ class ContinualBackprop(Rates, Joinable):
                 raise TypeError(f"groups is a {type(groups).__name__}, must be a UnitGroup or a list of them")
             found = list(groups)
         tied, names = shared_memory(own_tensors(self._model)), names_of(self._model)
-        every = _in_forward_order([resolve(self._model, group, tied, names) for group in found])
+        every = in_forward_order([resolve(self._model, group, tied, names) for group in found])
         if not every:
             why = "groups is empty" if groups is not None else explain(self._model, example_inputs, **asked.finding())
             raise ValueError(f"the model has no unit group to work on:\n{why}")
-        resolved = _filtered(every, asked.include, asked.exclude)
+        resolved = filtered(every, asked.include, asked.exclude)
         if not resolved:
             there = ", ".join(group.name for group in every)
             raise ValueError(f"include= and exclude= leave no unit group to work on; they are: {there}")
         check_disjoint(resolved)
         check_served(self._rule, resolved)
         check_not_attached(resolved, self._engine, self._model.modules())
-        _check_optimizers(steppers, resolved)
+        check_optimizers(steppers, resolved)
         return resolved
 
     def _attach(self, resolved: list[ResolvedGroup], before: Engine) -> dict[str, Any]:
@@ -428,10 +248,10 @@ class ContinualBackprop(Rates, Joinable):
         processes = join_processes(self._wrapped, resolved, self._process_group, self._seed, alike)
         seed = processes.seed if processes else self._seed
         engine = Engine(self._rule, resolved, backend=self._backend, seed=seed, processes=processes, **options)
-        if not isinstance(before, _Awaited):
+        if not isinstance(before, Awaited):
             engine.adopt(before)
         misfit: ValueError | None = None
-        if isinstance(before, _Awaited) and before.kept is not None:
+        if isinstance(before, Awaited) and before.kept is not None:
             try:
                 engine.load_state_dict(before.kept)
             except ValueError as error:
@@ -442,8 +262,8 @@ class ContinualBackprop(Rates, Joinable):
             "_misfit": misfit,
             "_engine": engine,
             "_groups": [group.unit_group() for group in resolved],
-            **_compared(_places(self._model, resolved)),
-            "_hooks": [(slot.module, _Recorder(self, engine, i)) for i, slot in enumerate(engine.state.slots)],
+            **compared(places_of(self._model, resolved)),
+            "_hooks": [(slot.module, Recorder(self, engine, i)) for i, slot in enumerate(engine.state.slots)],
             "_waiting": False,
         }
 
@@ -457,7 +277,7 @@ class ContinualBackprop(Rates, Joinable):
         if unused and inside_step():
             # a hook that goes while torch loops over the hooks breaks the loop; the next forward is soon enough
             self._hung.append(self._model)
-            hang(self._model, _Later(self))
+            hang(self._model, Later(self))
             return
         for optimizer in unused:
             let_go(optimizer, self)
@@ -510,7 +330,7 @@ class ContinualBackprop(Rates, Joinable):
         given = {"groups": groups, "example_inputs": example_inputs, "include": include, "exclude": exclude, **finding}
         asked = self._asked if groups is None else self._asked.without_finding()
         asked = asked._replace(**{name: value for name, value in given.items() if value is not None})
-        self._follow(asked, self._steppers if optimizer is None else _optimizers(optimizer))
+        self._follow(asked, self._steppers if optimizer is None else optimizers_in(optimizer))
 
     def step(self) -> None:
         """One step of continual backprop; runs by itself after the optimizer's if one was given.
@@ -771,7 +591,7 @@ class ContinualBackprop(Rates, Joinable):
         capture = f"capture={engine.capture}{held}"
         why = f" (triton {engine.why_not_triton})" if engine.why_not_triton else ""
         head = f"ContinualBackprop(rule={self.rule.name}, {hyper}, backend={engine.backend}{why}, {capture})"
-        if isinstance(engine, _Awaited):
+        if isinstance(engine, Awaited):
             rows = [("the unit groups are found in the first training forward",)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -801,98 +621,6 @@ def attached(model: nn.Module) -> list[ContinualBackprop]:
     return [cbp for cbp in everyone() if isinstance(cbp, ContinualBackprop) and not modules.isdisjoint(cbp._followed())]
 
 
-def _compared(places: list[_Place]) -> dict[str, Any]:
-    """Attributes for the places of layers; apart, as each step compares them at once."""
-    return {
-        "_places": places,
-        "_parents": [place.children for place in places],
-        "_keys": [place.key for place in places],
-        "_modules": [place.module for place in places],
-    }
-
-
 def _name_of(layer: str | nn.Module | Part) -> str:
     """A layer as the table of groups names it: a part by the index of unit 0."""
     return f"{layer.layer}[{layer.start}:]" if isinstance(layer, Part) else str(layer)
-
-
-def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    given: Any = [] if optimizer is None else [optimizer] if is_optimizer(optimizer) else optimizer
-    if not isinstance(given, Iterable):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be a torch.optim.Optimizer or several")
-    optimizers = list(given)
-    for o in optimizers:
-        if not is_optimizer(o):
-            raise TypeError(f"optimizer holds a {type(o).__name__}, must be torch.optim.Optimizer objects")
-        check_runs_hooks(o)
-    # one that is given twice steps once
-    return list({id(o): o for o in optimizers}.values())
-
-
-def _in_forward_order(groups: Sequence[ResolvedGroup]) -> list[ResolvedGroup]:
-    """Groups whose readers make the units of another go before it; each is told which layers precede its own."""
-    makers = [{member.module for member in group.incoming} for group in groups]
-    before = [
-        [other for other in groups if other is not group and any(member.module in made for member in other.outgoing)]
-        for group, made in zip(groups, makers, strict=True)
-    ]
-    waiting, ordered = list(range(len(groups))), []
-    placed: set[str] = set()
-    while waiting:
-        # in a circle the given order stands
-        ready = (i for i in waiting if all(other.name in placed for other in before[i]))
-        i = next(ready, waiting[0])
-        waiting.remove(i)
-        placed.add(groups[i].name)
-        ordered.append(replace(groups[i], preceding=tuple(layer for other in before[i] for layer in other.incoming)))
-    return ordered
-
-
-def _filtered(
-    groups: list[ResolvedGroup], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[ResolvedGroup]:
-    def matches(option: str, patterns: str | Sequence[str]) -> set[str]:
-        hits: set[str] = set()
-        for pattern in strings(option, patterns, "patterns of group names, such as 'layers.*'"):
-            found = {group.name for group in groups if fnmatchcase(group.name, pattern)}
-            if not found:
-                names = ", ".join(group.name for group in groups)
-                raise ValueError(f"{option}={pattern!r} matches no unit group; they are: {names}")
-            hits |= found
-        return hits
-
-    taken = {group.name for group in groups} if include is None else matches("include", include)
-    left_out = set() if exclude is None else matches("exclude", exclude)
-    return [group for group in groups if group.name in taken - left_out]
-
-
-def _places(model: nn.Module, groups: Sequence[ResolvedGroup]) -> list[_Place]:
-    """Where every layer of the groups, and every module that holds one, hangs in the model."""
-    places: dict[str, _Place] = {}
-    for group in groups:
-        for member in (*group.incoming, *group.norms, *group.outgoing):
-            parent, path = model, ""
-            for key in member.name.split(".") if member.name else ():
-                path = f"{path}.{key}" if path else key
-                child = parent._modules[key]
-                assert child is not None
-                places[path] = _Place(parent._modules, key, path, child)
-                parent = child
-    return list(places.values())
-
-
-def _check_optimizers(optimizers: Sequence[Optimizer], groups: Sequence[ResolvedGroup]) -> None:
-    if any(getattr(o, "_overlap_with_ddp", False) for o in optimizers):
-        raise ValueError(
-            "ZeroRedundancyOptimizer with overlap_with_ddp=True steps within the backward pass, where continual "
-            "backprop cannot follow it; leave overlap_with_ddp=False"
-        )
-    known = {id(p) for o in optimizers for param_group in o.param_groups for p in param_group["params"]}
-    for group in groups if optimizers else ():
-        for name, module, _ in (*group.incoming, *group.outgoing):
-            if id(module.weight) not in known:
-                raise ValueError(
-                    f"the optimizer does not hold {name}.weight of group '{group.name}'; pass every optimizer that "
-                    "trains the model, made from its present parameters, after fully_shard or parallelize_module, or "
-                    "exclude= the group"
-                )

@@ -24,7 +24,9 @@ class Arrangement:
             which sums of their magnitudes it needs: by output, and by input.
         slots: the layers that read units, group by group.
         layouts: the groups.
-        regions: what is set when a unit is replaced.
+        owners, keys: where each weight is found at every step; see `TensorRef`.
+        regions: what is set when a unit is replaced; `regions_of_group` are the numbers of each group's.
+        in_parts: whether any of these tensors is a DTensor.
         outputs, inputs: where the sums of each weight stand in `State.flat`: float64 [count of each slot, activation,
             feature, then sums of magnitudes by output and by input of every weight that the rule reads].
         reduced: how many of its entries must be added up over several processes: all but sums of weights that each has
@@ -48,7 +50,13 @@ class Arrangement:
         self.reads_outputs: list[bool] = []
         self.reads_inputs: list[bool] = []
         self._place(groups)
+        self.owners = [ref.owner for ref in self.weights]
+        self.keys = [ref.key for ref in self.weights]
         self.regions = regions_of(rule, groups, self.layouts, self._ref)
+        self.regions_of_group: list[list[int]] = [[] for _ in groups]
+        for i, region in enumerate(self.regions):
+            self.regions_of_group[region.group].append(i)
+        self.in_parts = any(ref.place.is_dtensor for ref in (*self.weights, *(r.ref for r in self.regions)))
         columns = self.slots[-1].columns.stop
         means = columns if rule.keeps_mean else 0
         self._lay_out_sums(len(self.slots) + columns + means)

@@ -1,4 +1,4 @@
-"""What a `state_dict` must hold to go on from it, checked before anything is changed."""
+"""What a `state_dict` holds, and what it must hold to go on from it, checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,70 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..rules.rule import Rule
-from ..tensors.memory import extent_of, room_of
+from ..state.state import State
+from ..tensors.memory import copy_buffer, extent_of, room_of
 from .settings import checked_hyper, shown
+
+
+def saved(state: State, hyper: Mapping[str, float]) -> dict[str, Any]:
+    """Everything that a resumed run needs, as copies, by group name."""
+    groups: dict[str, dict[str, Any]] = {}
+    for g, layout in enumerate(state.layouts):
+        groups[layout.name] = {
+            "utility": state.utility[layout.units].clone(),
+            "age": state.age[layout.units].clone(),
+            "pending": float(state.pending[g]),
+            "num_replaced": int(state.num_replaced[g]),
+        }
+        if state.rule.keeps_mean:
+            groups[layout.name]["running_mean"] = state.running_mean[state.columns_of(layout)].clone()
+    numbers = {"seed": int(state.seed), "step": int(state.step)}
+    measured = {"deviations": state.deviations} if state.deviations else {}
+    return {"rule": state.rule.options, **hyper, **numbers, **measured, "groups": groups}
+
+
+def load(state: State, theirs: Mapping[str, Any]) -> None:
+    """Put what was saved, and checked, into a state; what forwards have left is forgotten."""
+    # all of it in a copy first
+    buffer = state.buffer.clone()
+    fields = state.views(buffer)
+    for g, layout in enumerate(state.layouts):
+        group = theirs["groups"][layout.name]
+        fields["utility"][layout.units].copy_(group["utility"])
+        fields["age"][layout.units].copy_(group["age"])
+        fields["pending"][g] = group["pending"]
+        fields["num_replaced"][g] = group["num_replaced"]
+        if state.rule.keeps_mean:
+            fields["running_mean"][state.columns_of(layout)].copy_(group["running_mean"])
+    fields["seed"].fill_(theirs["seed"])
+    fields["step"].fill_(theirs["step"])
+    for name in ("num_chosen", "count", "activation", "feature"):
+        fields[name].zero_()
+    if state.deviations:
+        state.deviations = theirs["deviations"]
+    copy_buffer(state.buffer, buffer)
+
+
+def carry_over(theirs: State, state: State) -> None:
+    """Go on where another state of the model and rule is: groups of the same name and width keep what they have."""
+    before = {layout.name: (g, layout) for g, layout in enumerate(theirs.layouts)}
+    for g, layout in enumerate(state.layouts):
+        number, old = before.get(layout.name, (0, None))
+        if old is None or old.num_units != layout.num_units:
+            continue
+        state.utility[layout.units].copy_(theirs.utility[old.units])
+        state.age[layout.units].copy_(theirs.age[old.units])
+        state.pending[g].copy_(theirs.pending[number])
+        state.num_replaced[g].copy_(theirs.num_replaced[number])
+        readers = {theirs.slots[s].module: theirs.slots[s] for s in old.slots}
+        for slot in (state.slots[s] for s in layout.slots if state.rule.keeps_mean):
+            same = readers.get(slot.module)
+            if same is not None and same.block == slot.block:
+                state.running_mean[slot.columns].copy_(theirs.running_mean[same.columns])
+    if state.deviations:
+        state.deviations = theirs.deviations
+    state.seed.copy_(theirs.seed)
+    state.step.copy_(theirs.step)
 
 
 def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def train(rank, size, run):
         # a centred rule as several processes have it
         state = cbp._engine.state
         state.previous_mean = run.rule.centred
-        state.plan = state._pack()
+        state.plan = state._packed()
     log = []
     for x, y in batches(run.steps):
         loss = nn.functional.mse_loss(model(x.chunk(parts)[part]), y.chunk(parts)[part])
