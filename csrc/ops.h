@@ -1,4 +1,4 @@
-// The functions of a step, on tensors as the caller shows them; cbp_fast/reference.py says what each does.
+// The functions of a step, on tensors as the caller shows them; cbp_fast/backends/reference.py says what each does.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
