@@ -13,8 +13,13 @@ except ModuleNotFoundError:  # tests/gpu/test_gpu.py does without
 import numpy as np
 import pytest
 import torch
+from layer_networks import Net, train
+from stream import EAGER, Stream, mlp, momentum
 
-from cbp_fast import _C
+from cbp_fast import _C, ContinualBackprop
+
+# whose failures say as much as those of the tests that call them
+pytest.register_assert_rewrite("group_cases")
 
 # threads would only wait for each other on small tensors
 torch.set_num_threads(1)
@@ -55,6 +60,28 @@ def pytest_runtest_setup(item):
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def attached(backend):
+    """A model in training, after a few steps of which some replaced units."""
+    model = mlp()
+    optimizer = momentum(model)
+    cbp = ContinualBackprop(model, optimizer, backend=backend, **EAGER)
+    stream = Stream(model, optimizer)
+    stream.train(5)
+    assert sum(cbp.num_replaced.values()) > 0
+    return model, optimizer, cbp, stream
+
+
+@pytest.fixture
+def trained():
+    """A model with layers of every kind, and its optimizer, after thirty steps."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 30)
+    return model, optimizer
 
 
 class _Patched:

@@ -264,6 +264,21 @@ def weight_norm():
     )
 
 
+class Conv1D(nn.Module):
+    """A linear layer whose weight is [in, out], as transformers has it."""
+
+    def __init__(self, out_features, in_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 class LoRA(nn.Module):
     def __init__(self, layer, rank=2):
         super().__init__()

@@ -1,7 +1,7 @@
 """Each backend against the reference on random groups of layers: the same choice, draws, utilities and ages.
 
 A case is all that a number of its own draws; one that fails is told with its number, and in the smallest form that
-fails too. `pytest -m slow --cases 20000 tests/test_backends.py` looks at more of them.
+fails too. `pytest -m slow --cases 20000 tests/backends/test_backends.py` looks at more of them.
 """
 
 import importlib
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_kernels import SEED, Layout, Numbers
-from test_parts import Conv1D
+from group_cases import SEED, Layout, Numbers
+from networks import Conv1D
 from torch import nn
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup

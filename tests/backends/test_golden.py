@@ -11,7 +11,7 @@ from torch import nn
 
 from cbp_fast import ContinualBackprop, Rule, UnitGroup
 
-TRACES = sorted(Path(__file__).parent.glob("golden/*.npz"), key=lambda path: path.name)
+TRACES = sorted(Path(__file__).parents[1].glob("golden/*.npz"), key=lambda path: path.name)
 
 
 class AdamGnT(torch.optim.Optimizer):

@@ -383,7 +383,7 @@ def test_suites_with_processes_and_wide_layers(suite, bench, capsys):
 
 @pytest.mark.slow
 def test_every_benchmark_runs_once():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-disable", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -418,7 +418,7 @@ def test_the_picture_of_shares_takes_the_best_allocator(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_what_the_benchmark_for_gpus_compares_runs(monkeypatch):
     """In Triton's interpreter, with the clock taken out: a GPU is not there, and what nobody runs would rot."""
-    path = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
     gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu)

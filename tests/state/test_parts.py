@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from networks import Conv1D
 from torch import nn
 
 from cbp_fast import ContinualBackprop, Part, Rule, UnitGroup
@@ -16,21 +17,6 @@ RULES = {
     "adaptation": Rule.gnt("adaptation", init="default"),
     "clarena": Rule.clarena(),
 }
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as transformers has it."""
-
-    def __init__(self, out_features, in_features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
-Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 @dataclass

@@ -6,8 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from group_cases import RULES, cases, check_step_on_whole_numbers, gamma
 from hypothesis import given, settings
-from test_kernels import RULES, cases, check_step_on_whole_numbers, gamma
 from torch import nn
 from triton_runs import assert_same_run, attach, engine_of, linear_groups, train
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_kernels import RULES
+from group_cases import RULES
 from torch import nn
 from triton_runs import attach, engine_of, mlp, train
 

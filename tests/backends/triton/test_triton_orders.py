@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
+from group_cases import RULES
 from interleaved import Interleaved
-from test_kernels import RULES
 from torch import nn
 from triton_runs import engine_of
 
