@@ -16,10 +16,10 @@ from torch import nn
 
 from ..interrupts import ignored
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Name = TypeVar("Name", str, tuple[str, str])
 # does something so many times and returns what each of them took
-Timer = Callable[[int], list[T]]
+Timer = Callable[[int], list[_T]]
 
 # glibc returns large blocks to the system when they are freed; kept, the reference's temporaries cost no page faults
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
@@ -101,7 +101,7 @@ def row(
     return Row(suite, case, op, method, x, moved, len(seconds), low, middle, high, share)
 
 
-def in_turns(timers: Mapping[Name, Timer[T]], rounds: int, options: Options) -> dict[Name, list[T]]:
+def in_turns(timers: Mapping[Name, Timer[_T]], rounds: int, options: Options) -> dict[Name, list[_T]]:
     """What each timer returns in `rounds` turns, or fewer, but three, where that takes longer than `options.seconds`.
 
     A turn lasts some milliseconds. Where one call takes less, the first of a turn is not counted: others were there
@@ -113,7 +113,7 @@ def in_turns(timers: Mapping[Name, Timer[T]], rounds: int, options: Options) -> 
         start = time.perf_counter()
         timer(_WARM_UP)
         calls[name] = max(1, min(int(_TURN * _WARM_UP / (time.perf_counter() - start)), _MOST_CALLS))
-    results: dict[Name, list[T]] = {name: [] for name in timers}
+    results: dict[Name, list[_T]] = {name: [] for name in timers}
     end = time.perf_counter() + options.seconds
     for turn in range(rounds):
         if turn >= 3 and time.perf_counter() > end:

@@ -11,26 +11,26 @@ from types import FrameType
 from torch.nn.utils import stateless
 
 
-class _Here(threading.local):
+class _Thread(threading.local):
     unobserved = False
 
 
-_here = _Here()
+this_thread = _Thread()
 
 
 def is_observed() -> bool:
     """Whether forwards of this thread are recorded."""
-    return not _here.unobserved
+    return not this_thread.unobserved
 
 
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
     """Forwards of this thread are not recorded: they only look at a model."""
-    before, _here.unobserved = _here.unobserved, True
+    before, this_thread.unobserved = this_thread.unobserved, True
     try:
         yield
     finally:
-        _here.unobserved = before
+        this_thread.unobserved = before
 
 
 def in_functional_call() -> bool:

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from ..backends.registry import backend_for, functions_of, prepare_triton, why_not_triton
 from ..groups.spec import ResolvedGroup
-from ..hooks.observing import _here, in_functional_call
+from ..hooks.observing import in_functional_call, this_thread
 from ..parallel.processes import Processes
 from ..rules.rule import Rule
 from ..state.state import State
@@ -202,7 +202,7 @@ class Observer:
                 self._captured = True
                 self._functions.capture_(self._state, slot, h.detach())
             return
-        if _here.unobserved:
+        if this_thread.unobserved:
             return
         if self._readers[slot].get("weight") is not self._own[slot] and not self._is_own(slot):
             return
