@@ -18,6 +18,7 @@ from .attaching.awaiting import Awaited
 from .attaching.places import Place, compared, places_of
 from .attaching.recording import FirstForward, Later, Recorder
 from .attaching.sharing import check_not_attached
+from .attaching.silence import no_forward, unknown_optimizer, unknown_reader, untrained_parameter
 from .attaching.turns import Round, check_optimizers, optimizers_in
 from .discovery.finding import NeedsInputs, explain, find_unit_groups
 from .discovery.running import Given
@@ -359,40 +360,18 @@ class ContinualBackprop(Rates, Joinable):
         first, self._heard = not self._heard, True
         # of several processes one may be without data
         if first and (self._waiting or (self._engine.processes is None and not self._engine.has_data)):
-            warnings.warn(
-                "no training forward of the model was seen before the first step of continual backprop, which changes "
-                f"nothing; if the training loop does not call {type(self._model).__name__}.forward(), give "
-                "example_inputs=lambda model: ..., which runs what it calls, or attach to its parts; if the model is "
-                "compiled, attach before its first compiled call, with example_inputs",
-                stacklevel=3,
-            )
+            warnings.warn(no_forward(self._model), stacklevel=3)
         if self._waiting:
             return False
         self._news = False
-        modules, self._assigned = self._assigned, []
+        assigned, self._assigned = self._assigned, []
         names = names_of(self._model)
-        known = {id(p) for o in self._steppers for group in o.param_groups for p in group["params"]}
-        for module, key in modules if self._steppers else ():
-            now = module._parameters.get(key)
-            if module in names and now is not None and now.requires_grad and id(now) not in known:
-                warnings.warn(
-                    f"{names[module]}{names[module] and '.'}{key} was assigned anew after continual backprop was "
-                    "attached, and no optimizer given to it holds the new one; make one that does, and call "
-                    "refresh(optimizer=...)",
-                    stacklevel=3,
-                )
-                break
-        widths = {n for g in self._engine.groups for n in (g.num_units, g.num_units * g.columns_per_unit)}
-        widths |= {slot.features for slot in self._engine.state.slots}
-        for module, name in names.items():
-            own = module._parameters.values()
-            if module not in self._seen and any(p is not None and not widths.isdisjoint(p.shape) for p in own):
-                warnings.warn(
-                    f"'{name}' was added to the model after continual backprop was attached; should it read units of a "
-                    "group, it would feel every replaced one: call refresh()",
-                    stacklevel=3,
-                )
-                break
+        for message in (
+            self._steppers and untrained_parameter(names, assigned, self._steppers),
+            unknown_reader(names, self._seen, self._engine),
+        ):
+            if message:
+                warnings.warn(message, stacklevel=3)
         self._seen.update(names)
         return True
 
@@ -422,18 +401,8 @@ class ContinualBackprop(Rates, Joinable):
             self._unheard += 1
             if self._unheard < FORGOTTEN:
                 return False
-            what = (
-                f"has stepped {FORGOTTEN} times over units of continual backprop, which was given no optimizer and "
-                "whose step() was not called: it does nothing. Call refresh(optimizer=...), or step() after each update"
-            )
-        else:
-            what = (
-                "that was not given to continual backprop trains its units; its steps are not followed, nor is its "
-                "state reset. Call refresh(optimizer=...) with all that train the model (cbp_fast.attached(model) "
-                "finds the object)"
-            )
         self._told = True
-        warnings.warn(f"an optimizer ({type(optimizer).__name__}) {what}, or remove()", stacklevel=5)
+        warnings.warn(unknown_optimizer(optimizer, follows_others=bool(self._steppers)), stacklevel=5)
         return True
 
     def _followed(self) -> set[nn.Module]:

@@ -2,5 +2,6 @@
 
 `asking` says how groups are wanted, `recording` observes the readers, `turns` waits for the optimizers, `places`
 notices replaced layers, `awaiting` stands in until there are groups, `layered` is all that for layers that step by
-themselves, `sharing` refuses units that are taken. Above the step; `ContinualBackprop` and the layers import it.
+themselves, `sharing` refuses units that are taken, `silence` has the warnings. Above the step; `ContinualBackprop`
+and the layers import it.
 """
