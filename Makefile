@@ -60,7 +60,7 @@ test-all: .venv/built  ## the slow ones, older Tritons, the sanitizers and test-
 
 # The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
 INTEGRATIONS := .venv-integrations/bin
-SMOKE := test_checkpoint.py test_golden.py test_modules.py
+SMOKE := backends/test_golden.py step/test_checkpoint.py test_layers*.py
 test-integrations: .venv/built .venv-integrations/tools  ## clarena, Lightning and the Hugging Face Trainer, under another PyTorch; 6 GB the first time
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
