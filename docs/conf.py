@@ -53,7 +53,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Warns", "raises_style")]
 python_maximum_signature_line_length = 88
 maximum_signature_line_length = 88
 

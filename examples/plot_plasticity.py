@@ -28,7 +28,9 @@ steps_a_task = len(images) // BATCH
 def watch(rate):
     """A monitor's history, and of the last hidden layer, on all images after each task: dormant units, and the rank."""
     torch.manual_seed(0)
-    hidden = [nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()]
+    hidden = [
+        layer for inputs in (64, 100, 100) for layer in (nn.Linear(inputs, 100), nn.ReLU())
+    ]
     model = nn.Sequential(*hidden, nn.Linear(100, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     cbp = cbp_fast.ContinualBackprop(model, optimizer, replacement_rate=rate)
@@ -57,12 +59,16 @@ continual, dormant, ranks = watch(rate=1e-3)
 
 def show(name, before, after):
     """First and last of what was measured in both runs."""
-    print(f"{name:22} {before[0]:7.3f} -> {before[-1]:7.3f}   with replacement {after[0]:7.3f} -> {after[-1]:7.3f}")
+    without, replaced = (f"{m[0]:7.3f} -> {m[-1]:7.3f}" for m in (before, after))
+    print(f"{name:22} {without}   with replacement {replaced}")
 
 
 show("dormant units", plain_dormant, dormant)
 show("effective rank", plain_ranks, ranks)
-show("mean weight magnitude", *([m["weight_magnitude"] for m in history] for history in (plain, continual)))
+show(
+    "mean weight magnitude",
+    *([m["weight_magnitude"] for m in history] for history in (plain, continual)),
+)
 
 # %%
 # Numbers want another run beside them: seen alone, the rank of the plain run would pass for an improvement. And they

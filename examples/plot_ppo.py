@@ -29,7 +29,11 @@ class Balls:
 
     def step(self, action):
         position, speed = self.state.unbind(1)
-        speed = 0.9 * speed + 0.4 * self.sign * (action.float() - 0.5) + 0.1 * torch.randn_like(speed)
+        speed = (
+            0.9 * speed
+            + 0.4 * self.sign * (action.float() - 0.5)
+            + 0.1 * torch.randn_like(speed)
+        )
         self.state = torch.stack([(position + speed).clamp(-2, 2), speed], 1)
         return self.observation(), -self.state[:, 0].abs()
 
@@ -40,8 +44,12 @@ class Balls:
 class Agent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.critic = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-        self.actor = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+        self.critic = nn.Sequential(
+            nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        )
+        self.actor = nn.Sequential(
+            nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+        )
 
     def get_action_and_value(self, x, action=None):
         policy = Categorical(logits=self.actor(x))
@@ -50,7 +58,7 @@ class Agent(nn.Module):
 
 
 # %%
-# The two lines of continual backprop. A threshold of 100 steps is some six iterations of 16 updates.
+# The few lines of continual backprop. A threshold of 100 steps is some six iterations of 16 updates.
 
 
 def train(continual):
@@ -60,8 +68,9 @@ def train(continual):
     attached = []
     if continual:
         options = {"replacement_rate": 1e-3, "maturity_threshold": 100}
-        attached.append(cbp_fast.ContinualBackprop(agent.actor, optimizer, seed=1, **options))
-        attached.append(cbp_fast.ContinualBackprop(agent.critic, optimizer, seed=2, **options))
+        for seed, network in enumerate((agent.actor, agent.critic)):
+            cbp = cbp_fast.ContinualBackprop(network, optimizer, seed=seed, **options)
+            attached.append(cbp)
 
     observations = torch.zeros(NUM_STEPS, NUM_ENVS, 4)
     actions, log_probs, rewards, values = (torch.zeros(NUM_STEPS, NUM_ENVS) for _ in range(4))
@@ -71,7 +80,8 @@ def train(continual):
         for t in range(NUM_STEPS):
             observations[t] = observation
             with torch.no_grad():
-                actions[t], log_probs[t], _, values[t] = agent.get_action_and_value(observation)
+                act = agent.get_action_and_value(observation)
+                actions[t], log_probs[t], _, values[t] = act
             observation, rewards[t] = envs.step(actions[t])
         returns.append(rewards.mean().item())
 
@@ -82,7 +92,10 @@ def train(continual):
             delta = rewards[t] + GAMMA * following - values[t]
             last = delta + GAMMA * LAMBDA * last
             advantages[t], following = last, values[t]
-        flat = [x.flatten(0, 1) for x in (observations, actions, log_probs, advantages, advantages + values)]
+        flat = [
+            x.flatten(0, 1)
+            for x in (observations, actions, log_probs, advantages, advantages + values)
+        ]
         for _ in range(EPOCHS):
             for batch in torch.randperm(NUM_ENVS * NUM_STEPS).chunk(MINIBATCHES):
                 x, action, old, advantage, target = (data[batch] for data in flat)

@@ -25,7 +25,9 @@ def count(rate, maturity):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, UNITS), nn.ReLU(), nn.Linear(UNITS, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    cbp = cbp_fast.ContinualBackprop(model, optimizer, replacement_rate=rate, maturity_threshold=maturity)
+    cbp = cbp_fast.ContinualBackprop(
+        model, optimizer, replacement_rate=rate, maturity_threshold=maturity
+    )
     counts, x = [], torch.randn(4, 4)
     for _ in range(STEPS):
         model(x).square().mean().backward()
@@ -43,9 +45,11 @@ for i, (rate, maturity) in enumerate([(1e-3, 100), (1e-3, 1000), (2e-4, 100)]):
     counts = count(rate, maturity)
     slope = rate * UNITS / (1 + rate * maturity)
     axes.plot(counts, color=f"C{i}", label=f"rate {rate:g}, threshold {maturity}")
-    axes.plot([maturity, STEPS], [0, slope * (STEPS - maturity)], color=f"C{i}", linestyle="dashed", linewidth=1)
+    axes.plot([maturity, STEPS], [0, slope * (STEPS - maturity)], f"C{i}--", linewidth=1)
     measured = (counts[-1] - counts[1000]) / (STEPS - 1000)
-    print(f"rate {rate:g}, threshold {maturity:4}: {measured:.3f} units a step, by the formula {slope:.3f}")
+    print(
+        f"rate {rate:g}, threshold {maturity}: {measured:.3f} a step, by the formula {slope:.3f}"
+    )
 axes.set(xlabel="step", ylabel=f"units replaced, of {UNITS}")
 axes.legend()
 plt.show()

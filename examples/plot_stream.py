@@ -53,7 +53,9 @@ def run(continual, step_size=2e-3, seed=0):
     optimizer = torch.optim.Adam(model.parameters(), lr=step_size)
     cbp = None
     if continual:
-        cbp = cbp_fast.ContinualBackprop(model, optimizer, replacement_rate=1e-3, maturity_threshold=100)
+        cbp = cbp_fast.ContinualBackprop(
+            model, optimizer, replacement_rate=1e-3, maturity_threshold=100
+        )
     accuracy = []
     for _ in range(TASKS):
         right = 0
