@@ -19,7 +19,7 @@ from stream import EAGER, Stream, mlp, momentum
 from cbp_fast import _C, ContinualBackprop
 
 # whose failures say as much as those of the tests that call them
-pytest.register_assert_rewrite("group_cases")
+pytest.register_assert_rewrite("group_cases", "triton_runs")
 
 # threads would only wait for each other on small tensors
 torch.set_num_threads(1)

@@ -96,7 +96,7 @@ class Block(NamedTuple):
 
     In the workspace a group has a key and a y of each unit, and of each block the least key, how many units are mature
     and how many of those can be chosen, and the least and the greatest y: 8 bytes each, from `keys` on.
-    Filled by `step_plan`, read by `kernels.choosing`.
+    Filled by `step_plan`, read by `kernels.selecting` and `kernels.choosing`.
     """
 
     group: int

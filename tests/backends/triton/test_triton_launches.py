@@ -14,7 +14,7 @@ from triton_runs import attach, engine_of, mlp, train
 from cbp_fast import Rule
 from cbp_fast.backends.triton import backend as triton_backend
 from cbp_fast.backends.triton import launching, sending, tables
-from cbp_fast.step import engine
+from cbp_fast.step import observer
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -140,8 +140,8 @@ def with_stream(monkeypatch):
     def step(seen, here):
         cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
         cbp._engine.record(0, torch.ones(3, 4))
-        cbp._engine._streams = {engine.Stream(*seen)}
-        monkeypatch.setattr(engine, "stream_of", lambda device: engine.Stream(*here))
+        cbp._engine._streams = {observer.Stream(*seen)}
+        monkeypatch.setattr(observer, "stream_of", lambda device: observer.Stream(*here))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
         kept = []
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
@@ -316,10 +316,10 @@ def test_transfers_in_a_circle_of_layers(monkeypatch):
 def test_a_forward_that_sums_what_another_stream_held_keeps_it(monkeypatch):
     cbp = engine_of([([nn.Linear(2, 4)], [nn.Linear(4, 2)])], backend="triton")
     cbp._engine.record(0, torch.ones(3, 4))
-    cbp._engine._streams = {engine.Stream(1, False)}
+    cbp._engine._streams = {observer.Stream(1, False)}
     cbp._engine._inline[0] = True
     kept = []
-    monkeypatch.setattr(engine, "stream_of", lambda device: engine.Stream(2, False))
+    monkeypatch.setattr(observer, "stream_of", lambda device: observer.Stream(2, False))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 2)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda h, stream: kept.append(stream))
     cbp._engine.record(0, torch.ones(3, 4))

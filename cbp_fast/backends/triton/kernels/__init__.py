@@ -6,9 +6,10 @@ from, `score` is the second half of `select` where that needs all units of a gro
 chosen, `transfer` moves what replaced units gave into biases. In the order in which a step enters:
 
     capturing.py   `capture` and `hat`: activations that are summed apart
-    choosing.py    `select`, `score`, `rank`: the last program of a group chooses
-    scoring.py     a block of units from sums to scores
+    selecting.py   `select` and `score`: what a program brings from a tile to the choice
     summing.py     a tile of a tensor to sums, and the parts of a sum put together
+    scoring.py     a block of units from sums to scores
+    choosing.py    the units of a group with the least scores, and `rank`
     writing.py     `transfer` and `reinit`
     drawing.py     random numbers
     arithmetic.py  logarithm and bias correction, with the same bits on every GPU
@@ -20,7 +21,7 @@ What they read is in `rows`. Of the package, `backend` and `specialising` import
 from .capturing import capture as capture
 from .capturing import hat as hat
 from .choosing import rank as rank
-from .choosing import score as score
-from .choosing import select as select
+from .selecting import score as score
+from .selecting import select as select
 from .writing import reinit as reinit
 from .writing import transfer as transfer

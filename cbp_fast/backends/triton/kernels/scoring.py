@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,9 +12,13 @@ from ..rows import (
     A_RUNNING_MEAN,
     A_SEED,
     A_STEP,
+    B_FAN_IN,
     B_STREAM,
+    BLOCK,
+    FEWER_UNITS,
     J_TOTAL,
     JOB_ROW,
+    POSITIONS,
     R_ACTIVATION_TOTAL,
     R_COLUMN,
     R_ELEMENTS,
@@ -25,6 +31,7 @@ from ..rows import (
     R_UNIT_STRIDE,
     R_WEIGHT_TOTAL,
     READER_ROW,
+    UNITS,
 )
 from .arithmetic import bias_correction
 from .drawing import unit_uniform
@@ -32,6 +39,53 @@ from .memory import field, in_workspace, pointer
 
 # the key of a unit that cannot be chosen
 NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+
+
+class Given(NamedTuple):
+    """The tables of a launch, as `select` explains them."""
+
+    jobs: Any
+    readers: Any
+    incoming: Any
+    addresses: Any
+    workspace: Any
+    counters: Any
+
+
+class UnitBlock(NamedTuple):
+    """A row of `Block`, as it waits in registers."""
+
+    row: Any
+    group: Any
+    number: Any
+    first: Any
+    here: Any
+    units: Any
+    blocks: Any
+    unit: Any
+    per_unit: Any
+    keys: Any  # a pointer
+    first_reader: Any
+    readers: Any
+    j: Any  # of the group
+    inside: Any
+
+
+class _Reader(NamedTuple):
+    """A row of `Reader` in registers, and the samples that the state has of it."""
+
+    counted: Any
+    samples: Any
+    more_samples: Any
+    column: Any
+    unit_stride: Any
+    position_stride: Any
+    jobs: Any
+    activation_total: Any
+    first_job: Any
+    weight_total: Any
+    fold: Any
+    elements: Any
 
 
 @triton.jit
@@ -43,10 +97,10 @@ def _ordered(score):
 
 @triton.jit
 def reader_of(readers, r, last, counts):
-    """Samples that the state has of a reader_of, or of the last one, and the reader's fields."""
+    """A reader, or the last one."""
     r = tl.minimum(r, last)
     row = readers + r * READER_ROW
-    return (
+    return _Reader(
         tl.load(counts + r),
         tl.load(row + R_SAMPLES),
         tl.load(row + R_MORE_SAMPLES),
@@ -63,43 +117,42 @@ def reader_of(readers, r, last, counts):
 
 
 @triton.jit
-def samples_of(counted, low, high):
+def _samples(counted, low, high):
     """Samples in the state, and those held until the step, of two halves."""
     return counted + (high.to(tl.int64) << 31) + low.to(tl.int64)
 
 
 @triton.jit
-def column_terms(
-    column, mask, count, first_column, num_jobs, activation_total, first_job, weight_total, fold, jobs, activation,
-    addresses, workspace, decay,
+def _column_terms(
+    column, mask, count, reader, given, activation, decay,
     ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, DIVIDE: tl.constexpr, MEAN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Activation statistic x weight statistic of some columns of a reader_of, float64; the sums are zeroed.
+    """Activation statistic x weight statistic of some columns of a reader, float64; the sums are zeroed.
 
     MEAN: each column's running mean m becomes decay * m + (1 - decay) * feature / count, where that is finite.
     """
     term = tl.full(column.shape, 1.0, tl.float64)
-    at = activation + first_column + column
+    at = activation + reader.column + column
     if ACTIVATION:
         term = tl.load(at, mask, 0)
-        if num_jobs > 0:
-            sums = in_workspace(workspace, activation_total)
+        if reader.jobs > 0:
+            sums = in_workspace(given.workspace, reader.activation_total)
             term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
         # of an activation seen in several forwards, or with more axes than one sum has
-        for job in range(first_job + 1, first_job + num_jobs):
-            sums = pointer(workspace + tl.load(jobs + job * JOB_ROW + J_TOTAL), tl.float64)
+        for job in range(reader.first_job + 1, reader.first_job + reader.jobs):
+            sums = pointer(given.workspace + tl.load(given.jobs + job * JOB_ROW + J_TOTAL), tl.float64)
             term += tl.load(sums + column, mask, 0, cache_modifier=".cg")
         if DIVIDE:
             term /= count.to(tl.float64)
     if OUTGOING:
         weight = tl.zeros(column.shape, tl.float64)
-        totals = in_workspace(workspace, weight_total)
-        for f in tl.range(0, fold, loop_unroll_factor=AHEAD):
-            weight += tl.load(totals + column.to(tl.int64) * fold + f, mask, 0, cache_modifier=".cg")
+        totals = in_workspace(given.workspace, reader.weight_total)
+        for f in tl.range(0, reader.fold, loop_unroll_factor=AHEAD):
+            weight += tl.load(totals + column.to(tl.int64) * reader.fold + f, mask, 0, cache_modifier=".cg")
         term *= weight
     if MEAN:
-        feature = field(addresses, A_FEATURE, tl.float64) + first_column + column
-        running = field(addresses, A_RUNNING_MEAN, tl.float64) + first_column + column
+        feature = field(given.addresses, A_FEATURE, tl.float64) + reader.column + column
+        running = field(given.addresses, A_RUNNING_MEAN, tl.float64) + reader.column + column
         mean, before = tl.load(feature, mask, 0) / count.to(tl.float64), tl.load(running, mask, 0)
         # no warp may write what another has still to read
         tl.debug_barrier()
@@ -113,8 +166,102 @@ def column_terms(
 
 
 @triton.jit
+def contributions(
+    block, reader, counts, activation, first_incoming, num_incoming, given, decay,
+    ACTIVATION: tl.constexpr, OUTGOING: tl.constexpr, INCOMING: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """y of a block of units by their sums, infinite where nothing was seen; and how many samples there are.
+
+    Args:
+        reader: the first one.
+    """
+    j, inside = block.j, block.inside
+    end = block.first + block.here
+    samples, elements = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    y = tl.zeros([UNITS], tl.float64)
+    places = block.keys.to(tl.pointer_type(tl.float64)) + block.units
+    for nth in range(block.readers):
+        count = _samples(reader.counted, reader.samples, reader.more_samples)
+        if block.per_unit == 1:
+            y += _column_terms(
+                j * reader.unit_stride, inside, count, reader, given, activation, decay,
+                ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1 if MEAN else 4,
+            )  # fmt: skip
+        else:
+            for start in range(0, block.here, FEWER_UNITS):
+                few = block.first + start + tl.arange(0, FEWER_UNITS)
+                terms = tl.zeros([FEWER_UNITS, POSITIONS], tl.float64)
+                for position in range(0, block.per_unit, POSITIONS):
+                    p = position + tl.arange(0, POSITIONS)
+                    column = (few * reader.unit_stride)[:, None] + (p * reader.position_stride)[None, :]
+                    mask = (few < end)[:, None] & (p < block.per_unit)[None, :]
+                    terms += _column_terms(
+                        column, mask, count, reader, given, activation, decay,
+                        ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1,
+                    )  # fmt: skip
+                earlier = tl.load(places + few, (few < end) & (few * 0 + nth > 0), 0)
+                tl.debug_barrier()
+                tl.store(places + few, earlier + tl.sum(terms, 1), few < end)
+        samples += count.to(tl.float64)
+        elements += tl.where(count > 0, reader.elements.to(tl.float64), 0.0)
+        last = block.first_reader + block.readers - 1
+        reader = reader_of(given.readers, block.first_reader + nth + 1, last, counts)
+    if block.per_unit > 1:
+        # from one layout in registers to the other by way of memory
+        tl.debug_barrier()
+        y = tl.load(places + j, inside, 0)
+    if INCOMING != 0:
+        rows = tl.zeros(j.shape, tl.float64)
+        for maker in range(first_incoming, first_incoming + num_incoming):
+            made, of_each = tl.load(given.incoming + 2 * maker), tl.load(given.incoming + 2 * maker + 1)
+            for part in range(of_each):
+                sums = in_workspace(given.workspace, made) + j * of_each + part
+                rows += tl.load(sums, inside, 0, cache_modifier=".cg")
+    if INCOMING == 1:
+        # clarena has one mean over all readers: sums first, one division at the end
+        y = y / samples * tl.where(inside, rows, 1.0)
+    else:
+        if OUTGOING != 1:
+            y = y / elements
+        if INCOMING == 2:
+            y = y / (tl.where(inside, rows, 1.0) / tl.load(block.row + B_FAN_IN).to(tl.float64))
+    # what nothing was seen of holds its units
+    return tl.where(samples > 0, y, float("inf")), samples
+
+
+@triton.jit
+def keep_extremes(block, y, U: tl.constexpr):
+    """Leave y of a block of units, and the least and the greatest of it, for `extremes` of a later launch."""
+    tl.store(block.keys.to(tl.pointer_type(tl.float64)) + block.units + block.j, y, block.inside)
+    finite = block.inside & (tl.abs(y.to(U)) < float("inf"))
+    lows = (block.keys + 2 * block.units + 2 * block.blocks).to(tl.pointer_type(tl.float64))
+    tl.store(lows + block.number, tl.min(tl.where(finite, y, float("inf")), 0))
+    tl.store(lows + block.blocks + block.number, tl.max(tl.where(finite, y, float("-inf")), 0))
+
+
+@triton.jit
+def extremes(block, counts, readers, U: tl.constexpr):
+    """y of a block of units, the least y of the group, the greatest one less that and 1e-8 more; and the samples."""
+    y = tl.load(block.keys.to(tl.pointer_type(tl.float64)) + block.units + block.j, block.inside, float("inf"))
+    lows = (block.keys + 2 * block.units + 2 * block.blocks).to(tl.pointer_type(tl.float64))
+    low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in tl.range(0, block.blocks, BLOCK, loop_unroll_factor=4):
+        i = start + tl.arange(0, BLOCK)
+        low = tl.minimum(low, tl.load(lows + i, i < block.blocks, float("inf")))
+        high = tl.maximum(high, tl.load(lows + block.blocks + i, i < block.blocks, float("-inf")))
+    least = tl.min(low, 0).to(U)
+    span = tl.max(high, 0).to(U) - least + tl.full([], 1e-8, U)
+    samples = tl.full([], 0.0, tl.float64)
+    for each in range(block.first_reader, block.first_reader + block.readers):
+        row = readers + each * READER_ROW
+        held, more_held = tl.load(row + R_SAMPLES), tl.load(row + R_MORE_SAMPLES)
+        samples += _samples(tl.load(counts + each), held, more_held).to(tl.float64)
+    return y, least, span, samples
+
+
+@triton.jit
 def to_keys(
-    y, row, j, inside, u, a, maturity, decay, log_decay, least, span, addresses, keys,
+    block, y, u, a, maturity, decay, log_decay, least, span, addresses,
     MIN_MAX: tl.constexpr, SCORE: tl.constexpr, WIDE_UTILITY: tl.constexpr,
 ):  # fmt: skip
     """A block of units from y to keys: what is less is chosen first, the lower unit of equals.
@@ -132,19 +279,19 @@ def to_keys(
         y = tl.zeros_like(y)
     u = tl.where(finite, decay.to(U) * u + (1.0 - decay).to(U) * y, u)
     a += (finite & (a < 2147483647)).to(tl.int32)
-    mature = inside & (a.to(tl.float64) > maturity)
+    mature = block.inside & (a.to(tl.float64) > maturity)
     if SCORE == 2:
         step = tl.load(field(addresses, A_STEP, tl.int64)) + 1
         seed = tl.load(field(addresses, A_SEED, tl.int64))
-        score = unit_uniform(j.to(tl.int64), seed, step, tl.load(row + B_STREAM).to(tl.int64)).to(U)
+        score = unit_uniform(block.j.to(tl.int64), seed, step, tl.load(block.row + B_STREAM).to(tl.int64)).to(U)
     else:
         divisor = a.to(tl.float64) if SCORE == 1 else tl.where(decay > 0, bias_correction(a, log_decay), 1.0)
         score = (u.to(tl.float64) / tl.where(a > 0, divisor, 1.0)).to(U)
     candidate = mature & (tl.abs(score) < float("inf"))
     # a float64 score beyond float32 stays a candidate, after all others
     score = tl.minimum(tl.where(candidate, score, 0.0).to(tl.float32), 3.4028234663852886e38)
-    key = tl.where(candidate, (_ordered(score).to(tl.int64) << 32) | j, NEVER)
-    tl.store(keys + j, key, inside)
+    key = tl.where(candidate, (_ordered(score).to(tl.int64) << 32) | block.j, NEVER)
+    tl.store(block.keys + block.j, key, block.inside)
     # both counts in one
     stats = tl.sum(mature.to(tl.int32), 0).to(tl.int64) << 32 | tl.sum(candidate.to(tl.int32), 0).to(tl.int64)
     return u, a, tl.min(key, 0), stats
