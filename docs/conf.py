@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx_gallery.scrapers import figure_rst
+from sphinx_gallery.sorting import FunctionSortKey
 
 import cbp_fast
 from cbp_fast.cli import main
@@ -85,6 +87,8 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "examples",
     "filename_pattern": r"\.py$",
+    # what it is for comes first
+    "within_subsection_order": FunctionSortKey(lambda name: (name != "plot_stream.py", name)),
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_signature": False,
@@ -122,6 +126,16 @@ def leave_frameworks_out(app: Sphinx, doctree: nodes.document) -> None:
             block["skipif"] = "True"
 
 
+def mend_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str, None] | None:
+    """A class of which a framework's that is not installed would be the base has lost its own."""
+    if what != "class" or not name.startswith("cbp_fast.integrations."):
+        return None
+    _, *own = inspect.signature(obj.__init__).parameters.values()
+    return str(inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in own])), None
+
+
 def mend_property(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Napoleon takes what a property's docstring says before a colon for its type."""
     for i, line in enumerate(lines if what == "property" else ()):
@@ -134,6 +148,7 @@ def mend_property(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("builder-inited", write_help, priority=100)
+    app.connect("autodoc-process-signature", mend_signature)
     # after Napoleon's
     app.connect("autodoc-process-docstring", mend_property, priority=600)
     app.connect("doctree-read", leave_frameworks_out)

@@ -26,7 +26,7 @@ steps_a_task = len(images) // BATCH
 
 
 def watch(rate):
-    """A monitor's history, and of the last hidden layer, on all images after each task: dormant units, and the rank."""
+    """A monitor's history; dormant units and rank of the last hidden layer on all images."""
     torch.manual_seed(0)
     hidden = [
         layer for inputs in (64, 100, 100) for layer in (nn.Linear(inputs, 100), nn.ReLU())
