@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__ as __version__
 from .continual_backprop import ContinualBackprop, attached
-from .discovery.finding import explain, find_unit_groups
-from .discovery.verification import verify_unit_group
+from .discovery import explain, find_unit_groups, verify_unit_group
 from .groups.spec import Part, UnitGroup
 from .layers import CBPConv, CBPLinear
 from .rules.rule import Rule

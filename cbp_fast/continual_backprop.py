@@ -20,8 +20,8 @@ from .attaching.recording import FirstForward, Later, Recorder
 from .attaching.sharing import check_not_attached
 from .attaching.silence import no_forward, unknown_optimizer, unknown_reader, untrained_parameter
 from .attaching.turns import Round, check_optimizers, optimizers_in
-from .discovery.finding import NeedsInputs, explain, find_unit_groups
-from .discovery.running import Given
+from .discovery import NeedsInputs, explain, find_unit_groups
+from .discovery.running.forwards import Given
 from .groups.layers import names_of
 from .groups.resolving import check_disjoint, resolve
 from .groups.spec import Part, ResolvedGroup, UnitGroup

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..continual_backprop import ContinualBackprop
-from ..discovery.finding import NeedsInputs, explain, find_unit_groups
-from ..discovery.running import unwrapped
+from ..discovery import NeedsInputs, explain, find_unit_groups
+from ..discovery.running.forwards import unwrapped
 from ..groups.resolving import resolve
 from ..groups.spec import ResolvedGroup, UnitGroup
 from ..rules.rule import Rule

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from oracle import wrong_groups
 from torch import nn
 
-from cbp_fast.discovery.finding import find_unit_groups
+from cbp_fast.discovery import find_unit_groups
 from cbp_fast.groups.spec import Part, UnitGroup
 
 # PyTorch's, of lines that nobody would write

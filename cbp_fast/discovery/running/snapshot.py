@@ -1,10 +1,9 @@
-"""What a model and its inputs hold in Python, put back as it was; and the tensors that any object holds."""
+"""What a model and its inputs hold in Python, to be put back as it was."""
 
 from __future__ import annotations
 
 import array
 import functools
-import gc
 import pickle
 import random
 import sys
@@ -19,102 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-_ATOMS = frozenset(
-    (
-        *(int, float, complex, bool, str, bytes, type(None), type, type(Ellipsis), range, slice, types.ModuleType),
-        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-    )
+from .reach import (
+    ATOMS,
+    MISSING,
+    MOST,
+    attributes_of,
+    content_of,
+    entries_of,
+    in_reach,
+    is_array,
+    is_foreign,
+    keys_of,
+    slots_of,
 )
+
 _PLAIN = frozenset([dict, OrderedDict, defaultdict, list, set, frozenset, tuple, deque, bytearray])
-# of the standard library only what merely holds; other objects of it may belong to threads and to the system
-_HOLDERS = frozenset(
-    (
-        *("builtins", "collections", "types", "typing", "abc", "_collections_abc", "dataclasses", "functools"),
-        *("weakref", "_weakrefset", "_weakref", "argparse", "random", "array"),
-    )
-)
-_FOREIGN = sys.stdlib_module_names.difference(_HOLDERS)
-_TORCH_HOLDERS = ("torch.nn.", "torch.optim", "torch.distributions", "torch.ao.")
-# who runs the model is no part of it, though the model may know it
-_RUNNERS = ("cbp_fast", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "deepspeed", "ray", "wandb")
-_NOTHING = (type, types.ModuleType, types.FrameType, types.CodeType)
-_MISSING = object()
 # NumPy arrays of more bytes are not copied
 _LARGEST = 2**26
-# objects beyond so many, the ones farthest from the model, are not looked at
-_MOST = 500_000
-
-
-def _is_foreign(module: Any) -> bool:
-    """Whether what is defined in a module is none of the model's own."""
-    root = str(module).partition(".")[0]
-    return root in _FOREIGN or root in _RUNNERS or (root == "torch" and not str(module).startswith(_TORCH_HOLDERS))
-
-
-def _in_reach(cls: type) -> bool:
-    """Whether an object of this class is a part of what holds it."""
-    return not any(_is_foreign(getattr(base, "__module__", "")) for base in cls.__mro__)
-
-
-def _slots(cls: type) -> list[tuple[str, Any]]:
-    own = (base for base in cls.__mro__ if "__slots__" in base.__dict__)
-    return [(k, m) for base in own for k, m in vars(base).items() if type(m) is types.MemberDescriptorType]
-
-
-def _attributes(value: Any) -> dict[str, Any] | None:
-    """The real `__dict__` of an object, whatever its class answers."""
-    try:
-        own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return None
-    return own if isinstance(own, dict) else None
-
-
-def _keys(d: dict[Any, Any]) -> list[Any]:
-    return list(OrderedDict.__iter__(d) if isinstance(d, OrderedDict) else dict.__iter__(d))
-
-
-def _get(owner: Any, member: Any) -> Any:
-    """What a slot or a cell holds, past whatever the class does."""
-    try:
-        return member.__get__(owner)
-    except (AttributeError, ValueError):  # it is empty
-        return _MISSING
-
-
-def _put(owner: Any, member: Any, value: Any) -> None:
-    member.__delete__(owner) if value is _MISSING else member.__set__(owner, value)
-
-
-def _is_random(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    own = (random.Random, torch.Generator)
-    return isinstance(value, own) or bool(
-        numpy and isinstance(value, (numpy.random.Generator, numpy.random.BitGenerator, numpy.random.RandomState))
-    )
-
-
-def _state(generator: Any) -> Any:
-    """The state of a random generator, as Python keeps it; None if it has none."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().clone()
-    if isinstance(generator, random.Random):
-        try:
-            return generator.getstate()
-        except NotImplementedError:  # the system's
-            return None
-    if hasattr(generator, "get_state"):
-        return generator.get_state()
-    return getattr(generator, "bit_generator", generator).state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "set_state"):
-        generator.set_state(state)
-    else:
-        getattr(generator, "bit_generator", generator).state = state
 
 
 class Snapshot:
@@ -148,17 +68,17 @@ class Snapshot:
         self._roots = list(roots)
         for name, root in self._roots:
             self._meet(root, name)
-        while self._todo and len(self._seen) < _MOST:
+        while self._todo and len(self._seen) < MOST:
             self._visit(*self._todo.popleft())
         self._todo.clear()
 
     def _meet(self, value: Any, path: Any) -> None:
-        if type(value) not in _ATOMS and id(value) not in self._seen:
+        if type(value) not in ATOMS and id(value) not in self._seen:
             self._seen.add(id(value))
             self._todo.append((value, path))
 
     def _meet_all(self, keys: Iterable[Any], values: list[Any], path: Any, style: str) -> None:
-        if not set(map(type, values)) <= _ATOMS:
+        if not set(map(type, values)) <= ATOMS:
             for key, value in zip(keys, values, strict=True):
                 self._meet(value, (path, style, key))
 
@@ -168,11 +88,11 @@ class Snapshot:
             if isinstance(value, defaultdict):
                 self._slot(value, vars(defaultdict)["default_factory"], (path, "attribute", "default_factory"))
         elif isinstance(value, (list, set, deque)):
-            content = _content(value)
+            content = entries_of(value)
             self._lists.append((value, content, path))
             self._meet_all(range(len(content)), content, path, "item")
         elif isinstance(value, (tuple, frozenset)):
-            content = _content(value)
+            content = entries_of(value)
             self._meet_all(range(len(content)), content, path, "item")
         elif isinstance(value, (bytearray, array.array)) or is_array(value):
             if not is_array(value) or (value.flags.writeable and value.nbytes <= _LARGEST):
@@ -196,7 +116,7 @@ class Snapshot:
         self._object(value, path)
 
     def _dict(self, value: dict[Any, Any], path: Any, style: str) -> None:
-        keys = _keys(value)
+        keys = keys_of(value)
         values = [dict.__getitem__(value, key) for key in keys] if keys else keys
         self._dicts.append((value, keys, values, path, style))
         if keys:
@@ -208,10 +128,10 @@ class Snapshot:
         self._meet(now, path)
 
     def _slot(self, owner: Any, member: Any, path: Any) -> None:
-        self._place(functools.partial(_get, owner, member), functools.partial(_put, owner, member), path)
+        self._place(functools.partial(content_of, owner, member), functools.partial(_put, owner, member), path)
 
     def _function(self, value: types.FunctionType, path: Any) -> None:
-        if _is_foreign(value.__module__):
+        if is_foreign(value.__module__):
             return
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
@@ -234,12 +154,12 @@ class Snapshot:
             return
         if cls not in self._types:
             ours = issubclass(cls, (nn.Module, Tensor, dict, list, set, tuple, deque))
-            reach = (ours or _in_reach(cls)) and not issubclass(cls, (type, types.ModuleType, weakref.ref))
-            self._types[cls] = reach, _slots(cls) if reach else []
+            reach = (ours or in_reach(cls)) and not issubclass(cls, (type, types.ModuleType, weakref.ref))
+            self._types[cls] = reach, slots_of(cls) if reach else []
         reach, slots = self._types[cls]
         if not reach:
             return
-        own = _attributes(value)
+        own = attributes_of(value)
         if own is not None:
             self._objects.append((value, cls, own))
             for key in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():
@@ -264,14 +184,14 @@ class Snapshot:
                 before = set(map(id, values))
                 found += [
                     ((path, style, key), dict.__getitem__(d, key))
-                    for key in _keys(d)
+                    for key in keys_of(d)
                     if id(dict.__getitem__(d, key)) not in before
                 ]
                 # a key may be a tensor
-                new = [key for key in _keys(d) if not any(key is k for k in keys)] if len(d) < 1000 else _keys(d)
-                found += [((path, "item", "a key"), key) for key in new if type(key) not in _ATOMS]
+                new = [key for key in keys_of(d) if not any(key is k for k in keys)] if len(d) < 1000 else keys_of(d)
+                found += [((path, "item", "a key"), key) for key in new if type(key) not in ATOMS]
         for container, content, path in self._lists:
-            now = _content(container)
+            now = entries_of(container)
             if not _same(now, content):
                 before = set(map(id, content))
                 found += [((path, "item", i), v) for i, v in enumerate(now) if id(v) not in before]
@@ -279,7 +199,7 @@ class Snapshot:
             if get() is not before:
                 found.append((path, get()))
         for owner, _, own in self._objects:
-            attributes = _attributes(owner)
+            attributes = attributes_of(owner)
             if attributes is not own and attributes is not None:
                 found.append(("another __dict__", attributes))
         for tensor, alias, _, grad, path in self._tensors:
@@ -313,7 +233,7 @@ class Snapshot:
         for owner, cls, own in self._objects:
             if type(owner) is not cls:
                 object.__setattr__(owner, "__class__", cls)
-            if _attributes(owner) is not own:
+            if attributes_of(owner) is not own:
                 object.__setattr__(owner, "__dict__", own)
         for d, keys, values, _, _ in self._dicts:
             if not _same_items(d, keys, values):
@@ -324,7 +244,7 @@ class Snapshot:
                     if not any(isinstance(x, weakref.ref) and x() is None for x in (key, value)):
                         base.__setitem__(d, key, value)
         for container, content, _ in self._lists:
-            if not _same(_content(container), content):
+            if not _same(entries_of(container), content):
                 _refill(container, content)
         for raw, before in self._raw:
             if isinstance(raw, bytearray):
@@ -351,18 +271,39 @@ class Snapshot:
                 _set_state(generator, state)
 
 
-def is_array(value: Any) -> bool:
-    """Whether it is an array of NumPy."""
+def _put(owner: Any, member: Any, value: Any) -> None:
+    member.__delete__(owner) if value is MISSING else member.__set__(owner, value)
+
+
+def _is_random(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
+    own = (random.Random, torch.Generator)
+    return isinstance(value, own) or bool(
+        numpy and isinstance(value, (numpy.random.Generator, numpy.random.BitGenerator, numpy.random.RandomState))
+    )
 
 
-def _content(container: Any) -> list[Any]:
-    """Entries of a list, tuple, set, frozenset or deque, as its base class gives them."""
-    for base in (list, tuple, set, frozenset, deque):
-        if isinstance(container, base):
-            return list(base.__iter__(container))  # type: ignore[arg-type]
-    return []
+def _state(generator: Any) -> Any:
+    """The state of a random generator, as Python keeps it; None if it has none."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().clone()
+    if isinstance(generator, random.Random):
+        try:
+            return generator.getstate()
+        except NotImplementedError:  # the system's
+            return None
+    if hasattr(generator, "get_state"):
+        return generator.get_state()
+    return getattr(generator, "bit_generator", generator).state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
 
 
 def _refill(container: Any, content: list[Any]) -> None:
@@ -385,7 +326,7 @@ def _same_items(d: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
         return not dict.__len__(d)
     return (
         dict.__len__(d) == len(keys)
-        and _same(_keys(d), keys)
+        and _same(keys_of(d), keys)
         and all(map(is_, map(functools.partial(dict.__getitem__, d), keys), values))
     )
 
@@ -406,68 +347,3 @@ def _name(path: Any) -> str:
         path, style, key = path
         pieces.append(f".{key}" if style == "attribute" else f"[{key!r}]")
     return (path + "".join(reversed(pieces))).removeprefix(".")
-
-
-def tensors_in(value: Any, path: str = "", inside: Iterable[nn.Module] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that an object holds, with its path: in containers, attributes, slots, closures and what else.
-
-    Args:
-        value: what a model returns, or keeps.
-        path: what it is called.
-        inside: modules whose tensors are none of these; None for all modules.
-    """
-    # they are told by their numbers, so they must live
-    seen: dict[int, Any] = {id(m): m for m in inside or ()}
-    todo = [(path, value)]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, Tensor):
-            yield path, value
-            continue
-        if type(value) in _ATOMS or id(value) in seen or isinstance(value, _NOTHING) or len(seen) > _MOST:
-            continue
-        if isinstance(value, nn.Module) and inside is None:
-            continue
-        seen[id(value)] = value
-        todo += reversed(list(_children(value, path)))
-
-
-def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    held: set[int] = set()
-    if isinstance(value, dict):
-        for key in _keys(value):
-            child = dict.__getitem__(value, key)
-            held.add(id(child))
-            yield f"{path}[{key!r}]", child
-            if isinstance(key, Tensor):
-                yield f"{path} key", key
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        for i, child in enumerate(_content(value)):
-            held.add(id(child))
-            yield f"{path}[{i}]", child
-    elif is_array(value):
-        if value.dtype.hasobject and value.dtype.names is None:
-            yield from ((f"{path}[{i}]", v) for i, v in enumerate(value.ravel().tolist()))
-    elif isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield f"{path}.{name}", _get(cell, vars(types.CellType)["cell_contents"])
-        yield path, value.__defaults__
-        yield path, value.__kwdefaults__
-    elif isinstance(value, functools.partial):
-        yield from ((f"{path}.{key}", getattr(value, key)) for key in ("func", "args", "keywords"))
-    elif isinstance(value, types.MethodType):
-        yield from ((f"{path}.{key}", getattr(value, key)) for key in ("__self__", "__func__"))
-    elif isinstance(value, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
-        frames = (getattr(value, f"{kind}_frame", None) for kind in ("gi", "cr", "ag"))
-        yield from ((f"{path}.{key}", v) for frame in frames if frame for key, v in frame.f_locals.items())
-    elif not _in_reach(type(value)) or (_attributes(value) is None and not _slots(type(value))):
-        if str(type(value).__module__).partition(".")[0] in ("torch", *_RUNNERS):
-            return
-        # iterators, views, and what C code holds
-        yield from ((f"{path}[{i}]", v) for i, v in enumerate(gc.get_referents(value)))
-    for key, child in (_attributes(value) or {}).items():
-        if id(child) not in held:
-            yield f"{path}.{key}", child
-    for name, member in _slots(type(value)):
-        if id(_get(value, member)) not in held:
-            yield f"{path}.{name}", _get(value, member)

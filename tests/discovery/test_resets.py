@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_discovery import ZOO
+from known_networks import ZOO
 
 from cbp_fast import ContinualBackprop, find_unit_groups
-from cbp_fast.discovery.running import forwards
-from cbp_fast.discovery.snapshot import tensors_in
-from cbp_fast.discovery.verification import _columns, _Uncoupled
+from cbp_fast.discovery.running.forwards import forwards
+from cbp_fast.discovery.running.holding import tensors_in
+from cbp_fast.discovery.verification.members import columns_of
+from cbp_fast.discovery.verification.watching import Uncoupled
 from cbp_fast.groups.resolving import resolve
 from cbp_fast.hooks.observing import unobserved
 
@@ -15,7 +16,7 @@ from cbp_fast.hooks.observing import unobserved
 def outputs(model, runs):
     """In eval mode, so that nothing is random; norms over features, through which units feel each other, left out."""
     model.eval()
-    with torch.no_grad(), _Uncoupled():
+    with torch.no_grad(), Uncoupled():
         return [tensor for run in runs for _, tensor in tensors_in(run(model))]
 
 
@@ -30,7 +31,7 @@ def test_the_output_stays_where_it_was(name, backend):
     with torch.no_grad():
         for group in (resolve(model, group) for group in groups):
             for member in group.outgoing:
-                weight, index = _columns(member, torch.arange(group.num_units // 2))
+                weight, index = columns_of(member, torch.arange(group.num_units // 2))
                 weight[index] = 0
     model.train()
     cbp = ContinualBackprop(

@@ -20,7 +20,7 @@ from oracle import wrong_groups
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from cbp_fast.discovery.finding import find_unit_groups
+from cbp_fast.discovery import find_unit_groups
 
 # PyTorch's, of its own samples
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,10 @@ import copy
 import random
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import known_networks
+import networks
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from cbp_fast import UnitGroup, explain, find_unit_groups, verify_unit_group
-from cbp_fast.discovery.verification import _Uncoupled
+from cbp_fast.discovery import verify_unit_groups
+from cbp_fast.discovery.verification.watching import Uncoupled
 from cbp_fast.groups.spec import Part
 
 ROWS = torch.randn(5, 4)
@@ -267,7 +271,7 @@ def test_the_stand_in_for_norms_has_the_layout_and_type_of_the_norm():
         for cast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):
                 real = function()
-                with _Uncoupled():
+                with Uncoupled():
                     stand_in = function()
             assert (stand_in.stride(), stand_in.dtype) == (real.stride(), real.dtype)
             assert stand_in.data_ptr() != h.data_ptr()
@@ -441,3 +445,41 @@ def test_forwards_are_counted():
         RUNS.clear()
     # five for each binary digit of the number of units, and one
     assert counts == [21, 31, 51]
+
+
+def test_check_of_right_groups_passes():
+    model, x = networks.gated().double(), known_networks.ROWS.double()
+    verify_unit_groups(model, [UnitGroup("hidden", ["gate", "up"], "down")], x)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (UnitGroup("g", "gate", "down"), "the columns of its outgoing layers read something else than its units"),
+        (UnitGroup("g", ["gate", "up"], "other"), "its units reach the output by another way"),
+        (UnitGroup("g", "unused", "down"), "the output does not depend on its units, so that the check shows nothing"),
+        (UnitGroup("g", ["gate", Part("up", 1)], [Part("down", 0)], num_units=3), "6 units"),
+    ],
+)
+def test_check_of_wrong_groups_says_what_is_wrong(group, message):
+    def forward(m, x):
+        return m.down(m.gate(x) + m.up(x)) + m.other(x.new_ones(6))
+
+    layers = {"gate": nn.Linear(5, 6), "up": nn.Linear(5, 6), "other": nn.Linear(6, 3), "unused": nn.Linear(5, 6)}
+    model = networks.gated(forward, **layers).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        verify_unit_group(model, group, known_networks.ROWS.double())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_groups_that_fail_the_check_are_left_out(monkeypatch):
+    def refuse(model, group, runs, ignored):
+        return SimpleNamespace(failure="so it is" if group.name == "2" else "", unshown="")
+
+    monkeypatch.setattr("cbp_fast.discovery.finding.check", refuse)
+    x = known_networks.ROWS
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert [g.name for g in find_unit_groups(model, x)] == ["0", "2"]
+    assert [g.name for g in find_unit_groups(model, x, verify=True)] == ["0"]
+    assert "'2' (Linear)  unit group '2' does not pass the check: so it is" in explain(model, x, verify=True)

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .running import Preserving
+from ..running.preserving import Preserving
 
 _WHY = "it is used in another thread, where it cannot be followed"
-
 _lock = threading.Lock()
 # what to enter in the threads that a thread hands work to
 _followers: dict[int, Callable[[], AbstractContextManager[Any]]] = {}

@@ -1,18 +1,170 @@
-"""What the trace makes of one operation: which factors claim data, which indices choose, what is a mix."""
+"""What an operation makes of units: what keeps them apart, what factors and indices claim, what mixes."""
 
 import ctypes
 
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net
+from known_networks import FC, MLP, ROWS, as_rows, functional_mlp
+from networks import Net, mlp
 from torch import nn
 
-from cbp_fast.discovery import finding as discovery
-from cbp_fast.discovery import nodes
-from cbp_fast.discovery.finding import explain, find_unit_groups
-from cbp_fast.discovery.running import forwards
+from cbp_fast.discovery import explain, find_unit_groups, verify_unit_group
+from cbp_fast.groups.spec import UnitGroup
+
+ACTIVATIONS = """ReLU ReLU6 LeakyReLU RReLU ELU CELU SELU GELU SiLU Mish Sigmoid LogSigmoid Tanh Softplus Softsign
+    Softshrink Hardshrink Tanhshrink Hardtanh Hardsigmoid Hardswish Identity Dropout Dropout1d AlphaDropout
+    FeatureAlphaDropout"""
+FUNCTIONS = """relu relu_ relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign
+    softshrink hardshrink tanhshrink hardtanh hardsigmoid hardswish dropout dropout1d alpha_dropout
+    feature_alpha_dropout"""
+METHODS = "relu relu_ sigmoid tanh_ neg abs exp square contiguous float clone"
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS.split())
+def test_activation_modules_keep_units_apart(name):
+    assert as_rows(find_unit_groups(mlp(getattr(nn, name)()))) == MLP
+
+
+@pytest.mark.parametrize("name", FUNCTIONS.split())
+def test_activation_functions_keep_units_apart(name):
+    assert as_rows(find_unit_groups(functional_mlp(lambda m, h: getattr(F, name)(h)))) == FC
+
+
+@pytest.mark.parametrize("name", METHODS.split())
+def test_tensor_methods_keep_units_apart(name):
+    assert as_rows(find_unit_groups(functional_mlp(lambda m, h: getattr(h, name)()))) == FC
+
+
+MOVES = {
+    "in place": lambda h: h.clone().mul_(2).relu_(),
+    "into a buffer": lambda h: torch.empty(4, 6).copy_(h),
+    "by parts": lambda h: torch.cat([h[:, :2].relu(), h[:, 2:].tanh()], 1),
+    "written by parts": lambda h: torch.zeros(4, 6).index_put((torch.arange(4),), h),
+    "slice by slice": lambda h: torch.stack([h[:, i] for i in range(6)], 1),
+    "padded rows": lambda h: F.pad(h, (0, 0, 1, 1)),
+    "masked": lambda h: h.masked_fill(h < 0, 0) * (torch.rand(4, 1) > 0.5),
+    "where": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "of rows": lambda h: h[torch.tensor([3, 1])],
+    "sorted rows": lambda h: h.gather(0, torch.zeros(4, 6, dtype=torch.int64)),
+    "rolled": lambda h: h.roll(1, 0).flip(0),
+    "transposed": lambda h: h.T.contiguous().T,
+    "einsum": lambda h: torch.einsum("ij,kj->ij", h, torch.ones(2, 6)),
+    "unfolded": lambda h: h.view(2, 2, 2, 3).permute(2, 3, 0, 1).reshape(6, 4).t(),
+    "mean of the batch": lambda h: h - h.mean(0),
+    "normalised": lambda h: F.normalize(h, dim=0),
+    "constants": lambda h: h + torch.arange(6) * torch.tensor(0.5),
+    "weighted by the batch": lambda h: torch.rand(4, 4).softmax(-1) @ h,
+    "added at": lambda h: torch.zeros(4, 6).index_add_(0, torch.tensor([1, 1, 0, 2]), h),
+    "half precision": lambda h: h.half().float(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_units_are_followed_through_what_keeps_them_apart(name):
+    model = functional_mlp(lambda m, h: MOVES[name](h))
+    assert as_rows(find_unit_groups(model, ROWS)) == FC
+
+
+# constants that data picks or puts somewhere, and units beside or without any
+PICKED = """
+    h + m.buf[i]
+    h + m.buf.index_select(0, i)
+    h + m.buf.gather(0, i[:, None].expand(4, 6))
+    h + F.embedding(i, m.buf)
+    h + m.buf.take(i)[:, None]
+    h + torch.zeros(7).index_add(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter_add(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter(0, i, 1.0)[0]
+    h + torch.zeros(7).scatter(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).index_put((i,), torch.ones(4))[0]
+    h + torch.zeros(7).index_put((i,), torch.ones(4), accumulate=True)[0]
+    h + torch.zeros(7).index_fill(0, i, 1.0)[0]
+    h + torch.zeros(7).index_copy(0, i, torch.ones(4))[0]
+    h + torch.zeros(7).scatter_reduce(0, i, torch.ones(4), 'sum')[0]
+    h + torch.zeros(7).index_reduce(0, i, torch.ones(4), 'mean')[0]
+    h + torch.bincount(i, minlength=7)[0]
+    h + torch.where(i > 2, 1.0, 0.0)[:, None]
+    h + torch.zeros(4).masked_fill(i > 2, 1.0)[:, None]
+    h + (i > 2).float()[:, None]
+    h + torch.zeros(4).masked_scatter(i > 2, torch.ones(4))[:, None]
+    h + torch.take_along_dim(m.buf, i[:, None].expand(4, 6), 0)
+    h + torch.ones(7).put(i, torch.zeros(4))[0]
+    h + torch.bucketize(x[:, :1], torch.tensor([0., .5]))
+    h + torch.searchsorted(torch.tensor([0., .5]), x[:, :1].contiguous())
+    h + torch.ones(4, 6)[i > 2].sum()
+    h + torch.nonzero(i > 2).float().sum()
+    h + F.embedding_bag(i[:, None], m.buf)
+    h + F.embedding(i, m.par)
+    h + m.par[i]
+    h + F.grid_sample(m.buf[None, None, :6, :6], x[:, :2].reshape(1, 4, 1, 2))[0, 0]
+    h + torch.zeros(7).put_(i, torch.ones(4))[0]
+    h + torch.repeat_interleave(torch.ones(4), i).sum()
+    h + torch.polar(torch.ones(4), x[:, 0]).real[:, None]
+    h + (m.buf[i] * 0 + 1)
+    (h + 1) * m.buf[i]
+    (h + m.const) * torch.zeros(7).index_add(0, i, torch.ones(4))[i][:, None]
+    torch.where(x[:, :1] > 0, h, 1.0)
+    h.masked_fill(x[:, :1] > 0, 1.0)
+    torch.where(x[:, :1] > 0, h, m.buf[0])
+    torch.where(x[:, :1] > 0, m.buf[0], m.buf[1]) + h
+    torch.where(x[:, :1] > 0, m.const, m.const * 2) + h
+    h.sigmoid() * (x[:, :1] > 0)
+    torch.lerp(h, m.buf[0], x[:, :1])
+    torch.maximum(h, x[:, :1])
+    h.index_put((i % 4,), m.buf[0])
+    m.buf[:4].index_put((i % 4,), h)
+    torch.ones(4, 6).index_put((i % 4,), h)
+    torch.zeros(4, 6).index_add(0, i % 4, h + m.buf[0])
+    torch.zeros(4, 6).index_add(0, i % 4, h.sigmoid())
+    h.masked_scatter(x[:, :1] > 0, m.buf)
+    (h + m.buf[:4])[i % 4]
+    torch.cat([h, torch.ones(1, 6)])[i % 5]
+    F.pad(h, (0, 0, 0, 1), value=1.0)[i % 5]
+    F.grid_sample(h.sigmoid().t().reshape(1, 6, 4, 1), x[:, :2].view(1, 4, 1, 2))[0, :, :, 0].t()
+"""
+PICKED_UNITS = """
+    torch.where(x[:, :1] > 0, h, 0.0)
+    h.index_put((i % 4,), torch.zeros(6))
+    torch.zeros(4, 6).index_put((i % 4,), h)
+    torch.zeros(4, 6).index_add(0, i % 4, h)
+    torch.ones(4, 6).index_add(0, i % 4, h)
+    torch.zeros(4, 6).scatter_add(0, (i % 4)[:, None].expand(4, 6), h)
+    h[i % 4]
+    h[x[:, 0] > 0]
+    torch.cat([h, torch.zeros(1, 6)])[i % 5]
+    h * m.buf[i, :1]
+    h + m.buf[torch.tensor([1, 2, 3, 3])]
+    h + m.par[torch.tensor([1, 2, 3, 3])]
+    h + m.par[torch.randint(7, (4,))]
+    h + torch.ones(7)[torch.randperm(7)][:6]
+    F.grid_sample(h.t().reshape(1, 6, 4, 1), x[:, :2].view(1, 4, 1, 2))[0, :, :, 0].t()
+"""
+
+
+def picking(expression):
+    function = eval(f"lambda m, h, x, i: {expression}")
+    layers = {"fc1": nn.Linear(5, 6), "fc2": nn.Linear(6, 3)}
+    layers |= {"par": nn.Parameter(torch.randn(7, 6))} if "m.par" in expression else {}
+    layers |= {"const": nn.Parameter(torch.randn(6))} if "m.const" in expression else {}
+    model = Net(lambda m, x, i: m.fc2(function(m, m.fc1(x).relu(), x, i)), **layers)
+    model.register_buffer("buf", torch.randn(7, 6))
+    return model, (ROWS, torch.tensor([1, 5, 2, 6]))
+
+
+@pytest.mark.parametrize("expression", PICKED.strip().split("\n    "))
+@pytest.mark.filterwarnings("ignore")
+def test_constants_that_data_picks_are_data(expression):
+    assert find_unit_groups(*picking(expression)) == []
+
+
+@pytest.mark.parametrize("expression", PICKED_UNITS.strip().split("\n    "))
+@pytest.mark.filterwarnings("ignore")
+def test_units_that_data_picks_stay_apart(expression):
+    model, inputs = picking(expression)
+    assert as_rows(find_unit_groups(model, inputs)) == FC
+    verify_unit_group(model, UnitGroup("g", "fc1", "fc2"), inputs)
+
 
 X = torch.randn(4, 6)
 
@@ -176,28 +328,6 @@ def test_norms_that_add_something_are_norms():
     assert "'1.weight' is used in two ways: norm, add in '1' (OnePlus)" in explain(model, X)
 
 
-def test_a_scan_takes_time_in_proportion(monkeypatch):
-    # mixes of mixes were walked anew for each: counted in nodes, which repeat where times do not
-    looked_at = []
-    leaves = nodes.Nodes.leaves
-    monkeypatch.setattr(nodes.Nodes, "leaves", lambda self, ids: (looked_at.append(len(ids)), leaves(self, ids))[1])
-
-    def forward(m, x):
-        u, (b, c), h, ys = F.silu(m.a(x)), m.c(x).chunk(2, -1), 0, []
-        for t in range(x.shape[1]):
-            h = torch.exp(-F.softplus(m.d(u[:, t]))[..., None]) * h + u[:, t, :, None] * b[:, t, None]
-            ys.append((h * c[:, t, None]).sum(-1))
-        return m.b(torch.stack(ys, 1))
-
-    counts = []
-    for length in (8, 16, 32):
-        model = net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3), c=nn.Linear(6, 8), d=nn.Linear(8, 8))
-        looked_at.clear()
-        find_unit_groups(model, torch.randn(2, length, 6))
-        counts.append(sum(looked_at))
-    assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
-
-
 @pytest.mark.parametrize("reduce", [torch.amin, torch.sum, torch.mean, torch.logsumexp, torch.cumsum, torch.softmax])
 def test_one_number_can_be_reduced(reduce):
     model = net(lambda m, x: m.b(torch.tanh(m.a(x)) * reduce(x.sum(), 0)), **layers((6, 6), (6, 3)))
@@ -242,38 +372,3 @@ def test_memory_that_a_kernel_resizes_unseen_may_hold_anything():
         return m.b(h) + out.sum()
 
     assert find_unit_groups(net(forward, **layers((6, 6), (6, 3))), X) == []
-
-
-def test_small_tables_are_kept_as_large_ones_are(monkeypatch):
-    """Of few ids Python makes the nodes, of many operations on tensors: the same sets, bare parts and mixes."""
-    tables = []
-    for quick in (0, nodes.QUICK):
-        monkeypatch.setattr(nodes, "QUICK", quick)
-        torch.manual_seed(0)
-        table = nodes.Nodes()
-        ids = torch.cat([*(table.source(name, 0, 20) for name in "ab"), table.source("bias", None, 1)])
-        for _ in range(30):
-            some = [ids[torch.randint(len(ids), (n,))] for n in (6, 6)]
-            found = [table.join(*some), table.product(*some), table.with_one(some[0])]
-            # one at a time: mixes are numbered as they are made
-            for row in ids[torch.randint(len(ids), (4, 1, 5))]:
-                row[0, : int(torch.randint(3, ()))] = 0
-                found.append(table.merge(row))
-            ids = torch.cat([ids, *found])
-
-        def leaves(node, table=table):
-            _, found = table.leaves(torch.tensor([node]))
-            return sorted(-int(table.mix[leaf]) or int(leaf) for leaf in found)
-
-        tables.append([(leaves(node), leaves(int(table.bare[node]))) for node in ids.tolist()])
-        assert len(table.mixes) > 50
-    assert tables[0] == tables[1]
-
-
-def test_the_table_grows_with_the_units_and_not_with_pairs_of_them():
-    sizes = []
-    for tokens, width in ((8, 16), (80, 160)):
-        model = networks.spatial_gate(tokens, width)
-        trace = discovery._run(model, forwards(torch.randn(2, tokens, 5)), ())
-        sizes.append(trace.nodes.size / sum(source.size for source in trace.nodes.sources))
-    assert sizes[1] < 1.2 * sizes[0]
