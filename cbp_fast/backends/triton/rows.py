@@ -96,7 +96,7 @@ class Block(NamedTuple):
 
     In the workspace a group has a key and a y of each unit, and of each block the least key, how many units are mature
     and how many of those can be chosen, and the least and the greatest y: 8 bytes each, from `keys` on.
-    Filled by `step_plan`, read by `kernels.selecting` and `kernels.choosing`.
+    Filled by `step_plan`, read by `kernels.scoring` and `kernels.choosing`.
     """
 
     group: int
@@ -119,8 +119,8 @@ class Block(NamedTuple):
     ranked: int  # whether `rank` comes after, for more than MANY units
 
 
-(B_GROUP, B_NUMBER, B_FIRST, B_HERE, B_UNIT, B_EXPECTED, B_BLOCKS, B_WIDTH, B_UNITS, B_KEYS, B_PER_UNIT, B_FIRST_READER,
- B_READERS, B_FIRST_INCOMING, B_INCOMING, B_FAN_IN, B_STREAM, B_RANKED, BLOCK_ROW) = map(
+(B_GROUP, B_NUMBER, B_FIRST, B_HERE, B_UNIT, B_EXPECTED, B_BLOCKS, B_WIDTH, B_UNITS, B_KEYS, B_COLUMNS_PER_UNIT,
+ B_FIRST_READER, B_READERS, B_FIRST_INCOMING, B_INCOMING, B_FAN_IN, B_STREAM, B_RANKED, BLOCK_ROW) = map(
     tl.constexpr, range(len(Block._fields) + 1))  # fmt: skip
 
 
@@ -149,7 +149,7 @@ class Addresses(NamedTuple):
     num_blocks: int  # of units
 
 
-(A_STEP, A_SEED, A_HYPER, A_PENDING, A_NUM_REPLACED, A_COUNT, A_ACTIVATION, A_FEATURE, A_RUNNING_MEAN, A_UTILITY,
+(A_STEP, A_SEED, A_HYPER, A_PENDING, A_NUM_REPLACED, A_SAMPLES, A_ACTIVATION, A_FEATURE, A_RUNNING_MEAN, A_UTILITY,
  A_AGE, A_NUM_CHOSEN, A_CHOSEN, A_IS_CHOSEN, A_HAT, A_NUM_GROUPS, A_NUM_BLOCKS) = map(
     tl.constexpr, range(len(Addresses._fields)))  # fmt: skip
 

@@ -8,11 +8,11 @@ import triton.language as tl
 from ..rows import (
     A_ACTIVATION,
     A_AGE,
-    A_COUNT,
     A_FEATURE,
     A_HAT,
     A_HYPER,
     A_RUNNING_MEAN,
+    A_SAMPLES,
     C_COLUMN,
     C_FIRST_UNIT,
     C_PER_UNIT,
@@ -63,7 +63,7 @@ def capture(tiles, jobs, tensors, addresses, workspace_tensor, counters, TYPES: 
         tl.debug_barrier()
         tl.store(at, before + sums, mask)
         if COUNTS and block == 0:
-            count = field(addresses, A_COUNT, tl.int64) + tl.load(job + J_SLOT)
+            count = field(addresses, A_SAMPLES, tl.int64) + tl.load(job + J_SLOT)
             before_it = tl.load(count)
             tl.debug_barrier()
             tl.store(count, before_it + tl.load(job + J_SAMPLES))
@@ -89,7 +89,7 @@ def hat(tiles, columns, addresses, PREVIOUS: tl.constexpr):
     decay, log_decay = tl.load(hyper + 2), tl.load(hyper + 3)
     running = field(addresses, A_RUNNING_MEAN, tl.float64) + first_column
     feature = field(addresses, A_FEATURE, tl.float64) + first_column
-    count = tl.load(field(addresses, A_COUNT, tl.int64) + tl.load(row + C_SLOT)).to(tl.float64)
+    count = tl.load(field(addresses, A_SAMPLES, tl.int64) + tl.load(row + C_SLOT)).to(tl.float64)
     age = tl.load(field(addresses, A_AGE, tl.int32) + tl.load(row + C_FIRST_UNIT) + j, inside, 1)
     if not PREVIOUS:
         age = age.to(tl.int64) + 1

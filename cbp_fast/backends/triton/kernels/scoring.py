@@ -12,8 +12,19 @@ from ..rows import (
     A_RUNNING_MEAN,
     A_SEED,
     A_STEP,
+    B_BLOCKS,
+    B_COLUMNS_PER_UNIT,
     B_FAN_IN,
+    B_FIRST,
+    B_FIRST_READER,
+    B_GROUP,
+    B_HERE,
+    B_KEYS,
+    B_NUMBER,
+    B_READERS,
     B_STREAM,
+    B_UNIT,
+    B_UNITS,
     BLOCK,
     FEWER_UNITS,
     J_TOTAL,
@@ -52,22 +63,22 @@ class Given(NamedTuple):
     counters: Any
 
 
-class UnitBlock(NamedTuple):
-    """A row of `Block`, as it waits in registers."""
+class _Block(NamedTuple):
+    """What of a row of `Block` waits in registers, by its names there."""
 
     row: Any
     group: Any
     number: Any
     first: Any
     here: Any
-    units: Any
-    blocks: Any
     unit: Any
-    per_unit: Any
+    blocks: Any
+    units: Any
     keys: Any  # a pointer
+    columns_per_unit: Any
     first_reader: Any
     readers: Any
-    j: Any  # of the group
+    j: Any  # [UNITS], its units in the group, and which of them there are
     inside: Any
 
 
@@ -96,23 +107,45 @@ def _ordered(score):
 
 
 @triton.jit
+def block_of(row, workspace):
+    """A block of units."""
+    first, here, lane = tl.load(row + B_FIRST), tl.load(row + B_HERE), tl.arange(0, UNITS)
+    return _Block(
+        row=row,
+        group=tl.load(row + B_GROUP),
+        number=tl.load(row + B_NUMBER),
+        first=first,
+        here=here,
+        unit=tl.load(row + B_UNIT),
+        blocks=tl.load(row + B_BLOCKS),
+        units=tl.load(row + B_UNITS),
+        keys=in_workspace(workspace, tl.load(row + B_KEYS)).to(tl.pointer_type(tl.int64)),
+        columns_per_unit=tl.load(row + B_COLUMNS_PER_UNIT),
+        first_reader=tl.load(row + B_FIRST_READER),
+        readers=tl.load(row + B_READERS),
+        j=first + lane,
+        inside=lane < here,
+    )
+
+
+@triton.jit
 def reader_of(readers, r, last, counts):
     """A reader, or the last one."""
     r = tl.minimum(r, last)
     row = readers + r * READER_ROW
     return _Reader(
-        tl.load(counts + r),
-        tl.load(row + R_SAMPLES),
-        tl.load(row + R_MORE_SAMPLES),
-        tl.load(row + R_COLUMN),
-        tl.load(row + R_UNIT_STRIDE),
-        tl.load(row + R_POSITION_STRIDE),
-        tl.load(row + R_JOBS),
-        tl.load(row + R_ACTIVATION_TOTAL),
-        tl.load(row + R_FIRST_JOB),
-        tl.load(row + R_WEIGHT_TOTAL),
-        tl.load(row + R_FOLD),
-        tl.load(row + R_ELEMENTS),
+        counted=tl.load(counts + r),
+        samples=tl.load(row + R_SAMPLES),
+        more_samples=tl.load(row + R_MORE_SAMPLES),
+        column=tl.load(row + R_COLUMN),
+        unit_stride=tl.load(row + R_UNIT_STRIDE),
+        position_stride=tl.load(row + R_POSITION_STRIDE),
+        jobs=tl.load(row + R_JOBS),
+        activation_total=tl.load(row + R_ACTIVATION_TOTAL),
+        first_job=tl.load(row + R_FIRST_JOB),
+        weight_total=tl.load(row + R_WEIGHT_TOTAL),
+        fold=tl.load(row + R_FOLD),
+        elements=tl.load(row + R_ELEMENTS),
     )
 
 
@@ -182,7 +215,7 @@ def contributions(
     places = block.keys.to(tl.pointer_type(tl.float64)) + block.units
     for nth in range(block.readers):
         count = _samples(reader.counted, reader.samples, reader.more_samples)
-        if block.per_unit == 1:
+        if block.columns_per_unit == 1:
             y += _column_terms(
                 j * reader.unit_stride, inside, count, reader, given, activation, decay,
                 ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1 if MEAN else 4,
@@ -191,10 +224,10 @@ def contributions(
             for start in range(0, block.here, FEWER_UNITS):
                 few = block.first + start + tl.arange(0, FEWER_UNITS)
                 terms = tl.zeros([FEWER_UNITS, POSITIONS], tl.float64)
-                for position in range(0, block.per_unit, POSITIONS):
+                for position in range(0, block.columns_per_unit, POSITIONS):
                     p = position + tl.arange(0, POSITIONS)
                     column = (few * reader.unit_stride)[:, None] + (p * reader.position_stride)[None, :]
-                    mask = (few < end)[:, None] & (p < block.per_unit)[None, :]
+                    mask = (few < end)[:, None] & (p < block.columns_per_unit)[None, :]
                     terms += _column_terms(
                         column, mask, count, reader, given, activation, decay,
                         ACTIVATION, OUTGOING != 0, INCOMING != 1, MEAN, 1,
@@ -206,7 +239,7 @@ def contributions(
         elements += tl.where(count > 0, reader.elements.to(tl.float64), 0.0)
         last = block.first_reader + block.readers - 1
         reader = reader_of(given.readers, block.first_reader + nth + 1, last, counts)
-    if block.per_unit > 1:
+    if block.columns_per_unit > 1:
         # from one layout in registers to the other by way of memory
         tl.debug_barrier()
         y = tl.load(places + j, inside, 0)

@@ -8,31 +8,20 @@ import triton.language as tl
 from ..rows import (
     A_ACTIVATION,
     A_AGE,
-    A_COUNT,
     A_HYPER,
+    A_SAMPLES,
     A_UTILITY,
-    B_BLOCKS,
     B_EXPECTED,
-    B_FIRST,
     B_FIRST_INCOMING,
-    B_FIRST_READER,
-    B_GROUP,
-    B_HERE,
     B_INCOMING,
-    B_KEYS,
-    B_NUMBER,
-    B_PER_UNIT,
-    B_READERS,
-    B_UNIT,
-    B_UNITS,
     BLOCK_ROW,
     JOB_ROW,
     MAGNITUDES,
     UNITS,
 )
 from .choosing import choose
-from .memory import arrive, field, in_workspace
-from .scoring import Given, UnitBlock, contributions, extremes, keep_extremes, reader_of, to_keys
+from .memory import arrive, field
+from .scoring import Given, block_of, contributions, extremes, keep_extremes, reader_of, to_keys
 from .summing import sum_block
 
 
@@ -55,25 +44,9 @@ def _finish(
     # where everything is, is asked for before the counter: after it nothing but the sums is waited for
     row = blocks_table + r * BLOCK_ROW
     addresses, lane = given.addresses, tl.arange(0, UNITS)
-    first, here = tl.load(row + B_FIRST), tl.load(row + B_HERE)
-    block = UnitBlock(
-        row,
-        tl.load(row + B_GROUP),
-        tl.load(row + B_NUMBER),
-        first,
-        here,
-        tl.load(row + B_UNITS),
-        tl.load(row + B_BLOCKS),
-        tl.load(row + B_UNIT),
-        tl.load(row + B_PER_UNIT),
-        in_workspace(given.workspace, tl.load(row + B_KEYS)).to(tl.pointer_type(tl.int64)),
-        tl.load(row + B_FIRST_READER),
-        tl.load(row + B_READERS),
-        first + lane,
-        lane < here,
-    )
+    block = block_of(row, given.workspace)
     needed = tl.load(row + B_EXPECTED)
-    counts = field(addresses, A_COUNT, tl.int64)
+    counts = field(addresses, A_SAMPLES, tl.int64)
     activation = field(addresses, A_ACTIVATION, tl.float64)
     utility = field(addresses, A_UTILITY, U) + block.unit
     ages = field(addresses, A_AGE, tl.int32) + block.unit
