@@ -41,7 +41,6 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Optimizer|Figure|Any|Iterable|Mapping|Sequence|_\w+)"),
     (r"py:.*", r"cbp_fast\..*\._\w+"),
     (r"py:obj", r".*"),
-    (r"py:class", r"contribution_utility"),
 ]
 
 # a name in single backquotes is a link where it leads somewhere, and code anywhere else

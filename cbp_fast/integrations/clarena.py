@@ -122,15 +122,16 @@ class CBP(_ClarenaCBP):  # type: ignore[misc, valid-type, unused-ignore]
     without it loads. `replacement_rate`, `maturity_threshold` and `utility_decay_rate` may be changed between batches.
 
     Args:
-        backbone, heads, replacement_rate, maturity_threshold, utility_decay_rate, non_algorithmic_hparams: as of
-            clarena's; a decay rate of 1, by which no utility would ever change, is refused.
+        backbone, heads, replacement_rate, maturity_threshold, non_algorithmic_hparams: as of clarena's.
+        utility_decay_rate: as of clarena's; 1, by which no utility would ever change, is refused.
         rule: "nature", "gnt", "clarena", a `Rule`, or the fields of one.
         backend: as of `ContinualBackprop`.
         kwargs: what else the installed clarena takes.
 
     Attributes:
-        contribution_utility, age: of the units of each weighted layer by its name, copies, float32 [N]; empty before
-            the first fit.
+        contribution_utility: of the units of each weighted layer by its name, copies, float32 [N]; empty before the
+            first fit.
+        age: likewise, in steps.
         num_replacements: replacements that each layer still owes.
 
     Raises:

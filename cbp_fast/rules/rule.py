@@ -28,7 +28,7 @@ class Rule:
     """What a step of continual backpropagation computes; make one with `nature`, `gnt` or `clarena`.
 
     With A = mean abs(h), D = mean abs(h - h_hat), h_hat a unit's running mean, and w_out, w_in the means of abs(W) over
-    its outgoing and incoming weights, the utilities y of `gnt` are
+    its outgoing and incoming weights, the utilities y of `gnt` are::
 
         contribution            A * w_out
         zero_contribution       D * w_out
@@ -41,15 +41,16 @@ class Rule:
     Attributes:
         name: "nature", "gnt" or "clarena".
         utility: one of these, for `gnt`.
-        init: distribution of re-drawn incoming weights, one of `INITS`; "as_attached" is normal with the standard
-            deviation that each weight had at attach, for networks with an initialisation of their own; `clarena`
-            draws from U[0, 1).
+        init: distribution of re-drawn incoming weights: "kaiming", "default", "xavier", "lecun", "normal", or
+            "as_attached", which is normal with the standard deviation that each weight had at attach, for networks with
+            an initialisation of their own; `clarena` draws from U[0, 1).
         act: activation function whose gain `init` uses, as `torch.nn.functional` names it; not detected. Where
             `torch.nn.init.calculate_gain` knows none, relu's.
         accumulate: keep the fraction of a unit that is due for the next step; otherwise a coin decides on it.
         accrual: "eligible": the rate counts mature units; "all": it counts all units once one is mature.
         transfer_bias: add what a replaced unit gave on average to the biases of the layers that read it.
         reset_optimizer: zero the optimizer's state of every element that was set.
+        arithmetic: what all of this amounts to, field by field: the data that every backend goes by.
     """
 
     name: str
@@ -61,7 +62,6 @@ class Rule:
     transfer_bias: bool = False
     reset_optimizer: bool = True
 
-    # what all of this amounts to
     arithmetic: Arithmetic = field(init=False, repr=False, compare=False)
 
     UTILITIES = tuple(UTILITIES)
