@@ -6,14 +6,14 @@ Imported when it is first used, since Triton need not be installed. In the order
     tables.py        what a state's launches have in common, and which tables are there from earlier steps
     step_plan.py     `select`, `score`, `rank`: sums over activations and weights, then every group's choice
     forward_plan.py  `capture`, `hat`: activations that are summed apart
+      plan.py        which program takes which tile of a sum
       sums.py        which sums those are
-      plan.py        which program takes which tile of them
     targets.py       `transfer`, `reinit`: what is written where units are replaced
     sending.py       tables and addresses on their way to the device
-    rows.py          the rows of all tables, and the offsets by which kernels read them
     specialising.py  what a rule makes of the kernels
     launching.py     every launch
     kernels/         what runs on the device
+    rows.py          the rows of all tables, and the offsets by which kernels read them
 
 Each module imports from those below it. `backends.registry` imports `backend`, the tests and benchmarks the rest.
 """
