@@ -114,7 +114,7 @@ docs: .venv/built .venv/docs  ## the documentation, in build/docs; runs every bl
 	$(BIN)/sphinx-build --quiet --builder doctest --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/doctest
 	@tail -n 5 build/doctest/output.txt
 
-lint: .venv/tools  ## ruff, mypy, clang-format
+lint: .venv/tools  ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

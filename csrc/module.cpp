@@ -173,7 +173,7 @@ struct Call<FUNCTION> {
 
   static PyMethodDef named(const char* name) {
     return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL,
-            "See the function of this name in cbp_fast.reference."};
+            "See the function of this name in cbp_fast.backends.reference or cpp."};
   }
 };
 

@@ -120,7 +120,7 @@ double* checked_flat(const Array& flat, const Plan& plan) {
   return static_cast<double*>(flat.data);
 }
 
-// f(position in `flat`, column) for what is summed over samples: of one slot, or of the whole network
+// move(mine, total, how many) for what is summed over samples: of one slot, or of the whole network
 template <typename F>
 void for_each_total(const Header& h, const Fields& f, int64_t first, int64_t columns, double* flat, const F& move) {
   move(f.sums + first, flat + h.slots + first, columns);

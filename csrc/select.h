@@ -91,7 +91,8 @@ inline int64_t added(int64_t count, int64_t n) {
   return count > MOST - n ? MOST : count + n;
 }
 
-// u = decay * u + (1 - decay) * y and age + 1 where y is finite; then the choice. `keys` and `score` have room for n.
+// u = decay * u + (1 - decay) * y and age + 1 where y is finite; then the choice. `now`, `random` and
+// `keys` have room for n.
 template <typename U>
 void choose(const Plan& plan, const Fields& f, int64_t g, const double* y, U* now, float* random, uint64_t* keys) {
   const Header& h = *plan.header;

@@ -33,7 +33,9 @@ class Awaited:
         self.enabled = True
         self.kept: dict[str, Any] | None = None
         nothing = torch.zeros(0)
-        self.state = SimpleNamespace(layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing)
+        self.state = SimpleNamespace(
+            layouts=[], slots=[], num_replaced=nothing, num_chosen=nothing, buffer=nothing, step=0
+        )
 
     def set_hyper(self, **values: float) -> None:
         """Set rates, to be those of the engine."""

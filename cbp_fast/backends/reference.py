@@ -91,7 +91,7 @@ def capture_(state: State, slot_index: int, h: Tensor) -> None:
         h_hat = torch.empty_like(mean)
         by_unit(h_hat, slot)[:] = (by_unit(mean, slot) / correction[:, None]).mean(1, keepdim=True)
         activation += (x.to(wide) - h_hat[here].to(wide)).abs().sum((0, 1))
-    elif state.rule.arithmetic.activation:
+    elif state.rule.arithmetic.activation == "magnitude":
         activation += x.abs().sum((0, 1), dtype=wide)
 
 

@@ -1,1 +1,5 @@
-"""What `cbp-fast bench` times: networks, the ways to do a step that are compared, and the suites."""
+"""What `cbp-fast bench` times: a suite is a module, `step`, `kernels`, `training` or `scaling`.
+
+`networks` has what is timed, `baselines` the other ways to do a step, `timing` how turns are taken, `report` tables and
+pictures. Above the package's own rooms; only `cli` imports it.
+"""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..interrupts import ignored
+from ..programs import ignored
 
 _T = TypeVar("_T")
 Name = TypeVar("Name", str, tuple[str, str])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..interrupts import ignored
+from ..programs import ignored
 
 # of pictures
 FORMATS = (".png", ".pdf", ".svg")

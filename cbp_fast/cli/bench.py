@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..interrupts import ignored
+from ..programs import ignored
 from .arguments import FORMATS, count, device, file, seconds, unwritable
 from .info import cpu_name, versions
 

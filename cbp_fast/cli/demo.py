@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..interrupts import ignored
+from ..programs import ignored
 from .arguments import FORMATS, count, device, file, unwritable
 from .info import cpu_name, versions
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import metrics
 from ..continual_backprop import ContinualBackprop
-from ..interrupts import ignored
+from ..programs import ignored
 from .problems import load
 
 

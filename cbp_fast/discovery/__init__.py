@@ -1,6 +1,6 @@
 """Which unit groups a model has: found by following its forwards, explained, and checked by changing weights.
 
-In the order in which a search enters them, each once:
+In the order in which a search first enters them:
 
 1. `finding`: `find_unit_groups` and `explain`, from their arguments to what they return.
 2. `looking`: by which inputs the model is looked at, and until when.
@@ -12,7 +12,8 @@ In the order in which a search enters them, each once:
 8. `report`: in words.
 
 Beside these, `verification` checks a group, whoever gave it, and `running` has forwards to run and puts everything back
-afterwards. A room imports what is entered after it, and `running`; nothing that is entered before it.
+afterwards. Imports go down: `finding`; `looking` and `report`; `following` and `candidates`; `operations`; `trace`;
+`nodes` and `verification`; `running`.
 
 Above `groups`, and apart from the step, which knows nothing of how groups came about. `ContinualBackprop`, the
 integrations and users import what is listed here; `running.forwards` is for those, too.

@@ -105,8 +105,8 @@ class ResolvedGroup:
         incoming: The layers that make the units.
         outgoing: The layers that read them.
         norms: The normalisation layers in between.
-        preceding: The layers that make the units which the incoming layers read; only the rule "clarena" looks at
-            them, and whoever has all groups sets them.
+        preceding: The layers that make the units which the incoming layers read; only a rule that draws
+            anew what precedes a unit looks at them, and whoever has all groups sets them.
     """
 
     name: str

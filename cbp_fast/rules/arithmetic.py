@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "count": ("floor", "coin", "one"),
     "distribution": ("uniform", "normal", "unit"),
 }
+RESETS = ("bias", "norms", "outgoing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Arithmetic:
     accrual: str = "eligible"
     count: str = "floor"
     draws_preceding: bool = False
-    resets: tuple[str, ...] = ("bias", "norms", "outgoing")
+    resets: tuple[str, ...] = RESETS
     resets_optimizer: bool = True
     distribution: str = "uniform"
     only_linear: bool = False
@@ -66,6 +67,9 @@ class Arithmetic:
                 raise ValueError(
                     f"Arithmetic: {name} is {getattr(self, name)!r}, must be one of {', '.join(map(str, allowed))}"
                 )
+        unknown = set(self.resets) - set(RESETS)
+        if unknown:
+            raise ValueError(f"Arithmetic: resets has {sorted(unknown)}, must be some of {', '.join(RESETS)}")
 
     def number(self, name: str) -> int:
         """The number by which kernels know the value of a field."""
@@ -95,6 +99,8 @@ class Method(NamedTuple):
     arithmetic: Callable[[Any], Arithmetic]
 
 
+# those of `Rule`
+OPTIONS = {"utility", "init", "act", "accumulate", "accrual", "transfer_bias", "reset_optimizer"}
 # by name, in the order in which messages list them
 METHODS: dict[str, Method] = {}
 
@@ -104,9 +110,18 @@ def method(*options: str) -> Callable[[Callable[[Any], Arithmetic]], Callable[[A
 
     Args:
         options: those of `Rule` that it takes; any other is refused.
+
+    Raises:
+        ValueError: there is no such option, or another module has a method of that name.
     """
+    unknown = set(options) - OPTIONS
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is no option of Rule; those are {', '.join(sorted(OPTIONS))}")
 
     def add(arithmetic: Callable[[Any], Arithmetic]) -> Callable[[Any], Arithmetic]:
+        known = METHODS.get(arithmetic.__name__)
+        if known is not None and known.arithmetic.__module__ != arithmetic.__module__:
+            raise ValueError(f"there is a method {arithmetic.__name__!r} already, of {known.arithmetic.__module__}")
         METHODS[arithmetic.__name__] = Method(arithmetic.__name__, options, arithmetic)
         return arithmetic
 

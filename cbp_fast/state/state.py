@@ -81,7 +81,8 @@ class State(Arrangement):
         members = [member for group in groups for member in (*group.incoming, *group.outgoing)]
         double = any(member.module.get_parameter("weight").dtype == torch.float64 for member in members)
         f64, i64, i32 = torch.float64, torch.int64, torch.int32
-        # 8-byte fields first, so that every view is aligned
+        # 8-byte fields first, so that every view is aligned; count, activation and feature are neighbours, zeroed at
+        # once. `Header` and `Fields` of csrc/plan.h have the same fields in the same order
         self._fields: list[tuple[str, torch.dtype, int]] = [
             ("step", i64, 1),
             ("seed", i64, 1),

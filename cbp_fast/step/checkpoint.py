@@ -81,7 +81,7 @@ def checked_state(state_dict: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a `state_dict` in which every entry is of the kind and size that it is in `own`.
 
     Args:
-        own: what this network saves; groups that are not known yet may be a function of their names.
+        own: what this network saves; its groups are None where they are not known yet.
 
     Raises:
         ValueError: an entry is not as it must be.

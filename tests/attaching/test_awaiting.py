@@ -6,7 +6,7 @@ from stream import same
 from torch import nn
 from two_groups import EAGER, Net, net_inputs, sgd, train
 
-from cbp_fast import ContinualBackprop, UnitGroup
+from cbp_fast import ContinualBackprop, UnitGroup, metrics
 
 # the first forward
 
@@ -116,3 +116,11 @@ def test_refresh_before_the_groups_were_found():
     train(model, new, 2, net_inputs)
     assert int(cbp.age["body.0"].max()) == 2
     assert not old._optimizer_step_post_hooks
+
+
+def test_until_then_it_can_be_looked_at_as_ever():
+    model = TwoInputs()
+    cbp = ContinualBackprop(model, sgd(model), **EAGER)
+    assert (cbp.join_device, cbp.join_process_group, cbp.last_replaced) == (torch.device("cpu"), None, {})
+    measured = metrics.Monitor(cbp, every=1).step()
+    assert (measured["step"], measured["groups"]) == (0, {})

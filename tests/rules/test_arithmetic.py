@@ -106,8 +106,24 @@ def test_a_value_that_there_is_not_is_refused_with_those_that_there_are():
         Arithmetic(score="best")
 
 
-def test_a_method_is_asked_for_by_its_name(monkeypatch):
-    monkeypatch.setattr("cbp_fast.rules.arithmetic.METHODS", METHODS)
+def test_what_cannot_be_set_is_no_reset():
+    with pytest.raises(ValueError, match=r"resets has \['biass'\], must be some of bias, norms, outgoing"):
+        Arithmetic(resets=("biass",))
+
+
+def test_a_method_that_there_is_is_not_replaced_nor_given_options_that_there_are_not():
+    with pytest.raises(ValueError, match=r"a method 'nature' already, of cbp_fast\.rules\.nature"):
+
+        @method()
+        def nature(rule):
+            return Arithmetic()
+
+    with pytest.raises(ValueError, match="tau is no option of Rule; those are accrual"):
+        method("init", "tau")
+    assert Rule.make("nature").arithmetic.outgoing == "sum"
+
+
+def test_a_method_is_asked_for_by_its_name():
     before = dict(METHODS)
     try:
 

@@ -251,7 +251,7 @@ def contributions(
                 sums = in_workspace(given.workspace, made) + j * of_each + part
                 rows += tl.load(sums, inside, 0, cache_modifier=".cg")
     if INCOMING == 1:
-        # clarena has one mean over all readers: sums first, one division at the end
+        # one mean over all readers: sums first, one division at the end
         y = y / samples * tl.where(inside, rows, 1.0)
     else:
         if OUTGOING != 1:

@@ -1,4 +1,4 @@
-"""Ctrl-C, which goes to every process of a terminal: who must not hear it."""
+"""What the programs have in common: Ctrl-C goes to every process of a terminal, and some must not hear it."""
 
 from __future__ import annotations
 
