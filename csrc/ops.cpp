@@ -202,7 +202,7 @@ void reinit_(const Array& buffer, const Array& table, const Arrays& tensors, con
         });
       });
     } else {
-      dispatch(job.type, [&](auto x) { reinit<decltype(x)>(plan, f, *job.region, job.slot, job.target); });
+      dispatch(job.type, [&](auto x) { reinit<decltype(x)>(plan, f, *job.region, job.entry, job.target); });
     }
   }
   forget(plan, f);

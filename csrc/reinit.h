@@ -108,12 +108,12 @@ void fill_columns(const Region& region, const Target& t, const int32_t* chosen, 
 }
 
 template <typename T>
-void reinit(const Plan& plan, const Fields& f, const Region& region, bool slot, const Target& t) {
+void reinit(const Plan& plan, const Fields& f, const Region& region, bool entry, const Target& t) {
   constexpr int64_t BLOCK = 1024;
   float values[BLOCK];
   const Group& group = plan.groups[region.group];
-  const bool draws = region.kind == RegionKind::kDraw && !slot;
-  const T fill = static_cast<T>(static_cast<float>(slot ? 0.0 : region.value));
+  const bool draws = region.kind == RegionKind::kDraw && !entry;
+  const T fill = static_cast<T>(static_cast<float>(entry ? 0.0 : region.value));
   if (!draws && region.axis == 1 && region.dims == 2)
     return fill_columns(region, t, f.chosen + group.first_unit, f.num_chosen[region.group], fill);
   for (int64_t i = 0; i < f.num_chosen[region.group]; ++i)

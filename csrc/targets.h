@@ -26,14 +26,14 @@ Target target_of(const Array& t, const Region& region) {
 // What of one tensor is set anew.
 struct Job {
   const Region* region;
-  bool slot;
+  bool entry;  // of the optimizer's state
   Target target, weight;
   ScalarType type, weight_type;
 };
 
 // Everything that can be wrong with what `reinit_` gets is found here. Numbers in `numbers`: 2 * region, and
-// 2 * region + 1 for a slot of the optimizer's state. A transfer takes two tensors: the bias, and the weight that reads
-// the units.
+// 2 * region + 1 for an entry of the optimizer's state. A transfer takes two tensors: the bias, and the weight that
+// reads the units.
 std::vector<Job> jobs_of(const Plan& plan, const Arrays& tensors, const Numbers& numbers) {
   std::vector<Job> jobs;
   jobs.reserve(numbers.size());

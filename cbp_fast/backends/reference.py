@@ -364,14 +364,14 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
     """Set everything that belongs to the chosen units, region by region, then their utility, age and mean.
 
     Args:
-        regions: numbers in `state.regions` times two, in that order, and 2 * i + 1 for a slot of the optimizer's
-            state of region i's parameter, which is zeroed.
+        regions: numbers in `state.regions` times two, in that order, and 2 * i + 1 for an entry of the
+            optimizer's state of region i's parameter, which is zeroed.
         tensors: one tensor for each, the part of it that is here; a transfer takes two, the bias and the reading
             weight.
     """
     rest = iter(tensors)
     for number in regions:
-        region, is_slot = state.regions[number >> 1], number & 1
+        region, is_entry = state.regions[number >> 1], number & 1
         tensor = next(rest)
         units, valid = _chosen(state, region.group)
         if region.kind == TRANSFER:
@@ -389,10 +389,10 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
             index, hit = _clamped(region, place, index, valid)
         element, position = elements_of(region, place, index)
         where = torch.unravel_index(position, tensor.shape)
-        if region.kind == DRAW and not is_slot:
+        if region.kind == DRAW and not is_entry:
             new = draw(element, state.seed, state.step, region.stream, region.distribution, region.value)
         else:
-            new = torch.full_like(element, 0.0 if is_slot else region.value, dtype=torch.float32)
+            new = torch.full_like(element, 0.0 if is_entry else region.value, dtype=torch.float32)
         tensor[where] = torch.where(hit[..., None], new.to(tensor.dtype), tensor[where])
     for g, layout in enumerate(state.layouts):
         units, valid = _chosen(state, g)

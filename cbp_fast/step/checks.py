@@ -53,12 +53,12 @@ def checked(ref: TensorRef, device: torch.device, layer: str) -> Tensor:
     return tensor
 
 
-def check_slot(key: object, name: str, parameter: Tensor, slot: Tensor) -> None:
+def check_entry(key: object, name: str, parameter: Tensor, entry: Tensor) -> None:
     """Raises RuntimeError for a tensor of the optimizer's state that cannot be set."""
-    if slot.device != parameter.device or slot.layout != torch.strided or slot.dtype not in DTYPES:
+    if entry.device != parameter.device or entry.layout != torch.strided or entry.dtype not in DTYPES:
         raise RuntimeError(
-            f"the optimizer keeps {key} of '{name}' as a {slot.layout} tensor of {slot.dtype} on {slot.device}; to be "
-            f"reset it must be dense, of 16 to 64 bits and on {parameter.device}"
+            f"the optimizer keeps {key} of '{name}' as a {entry.layout} tensor of {entry.dtype} on {entry.device}; to "
+            f"be reset it must be dense, of 16 to 64 bits and on {parameter.device}"
         )
 
 

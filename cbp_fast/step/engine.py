@@ -17,11 +17,11 @@ from ..state.layout import TensorRef
 from ..state.regions import TRANSFER
 from ..tensors.parts import local
 from .checkpoint import carry_over, checked_state, load, saved
-from .checks import check_memory, check_slot, checked
+from .checks import check_entry, check_memory, checked
 from .journal import Journal
 from .known import Known
 from .observer import Observer
-from .optimizer_state import slots_of
+from .optimizer_state import entries_of
 
 
 class Engine(Observer):
@@ -145,10 +145,10 @@ class Engine(Observer):
                     tensors.append(self._checked(region.weight))
                     names.append(region.weight.name)
                 elif reset and region.ref.is_parameter:
-                    for key, slot in slots_of(optimizers, tensor):
-                        check_slot(key, region.ref.name, tensor, slot)
+                    for key, entry in entries_of(optimizers, tensor):
+                        check_entry(key, region.ref.name, tensor, entry)
                         numbers.append(2 * number + 1)
-                        tensors.append(slot)
+                        tensors.append(entry)
                         names.append(f"{key} of '{region.ref.name}'")
         parts = [local(tensor) for tensor in tensors] if self._state.in_parts else tensors
         check_memory(parts, names, self.layer)

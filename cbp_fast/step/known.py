@@ -31,7 +31,7 @@ class Known:
         self._parameters = [tensor for ref, tensor in zip(refs, self._mine, strict=True) if ref.is_parameter]
         self._optimizers = list(optimizers)
         # the parameters that have state, and what holds it; then what those of the groups hold
-        self._entries = _entries_of(optimizers)
+        self._entries = _everything_of(optimizers)
         ids = set(map(id, self._parameters))
         pairs = ((p, kept) for o in optimizers for p, kept in state_of(o).items() if id(p) in ids)
         self._kept = [kept for _, kept in pairs]
@@ -40,7 +40,7 @@ class Known:
         values = self._values() if self._plain else []
         self._types = list(map(type, values))
         self._are_tensors = [isinstance(value, Tensor) for value in values]
-        self._slots = list(compress(values, self._are_tensors))
+        self._kept_tensors = list(compress(values, self._are_tensors))
         known = set(map(id, self._mine))
         self._watched: list[Any] = [*self._mine, *(t for t in tensors if id(t) not in known)]
         self._layout, _ = describe(self._watched)
@@ -55,15 +55,15 @@ class Known:
         values = self._values()
         return (
             _same(list(map(dict.get, self._owners, self._keys)), self._mine)
-            and _same(_entries_of(optimizers), self._entries)
+            and _same(_everything_of(optimizers), self._entries)
             and list(map(type, values)) == self._types
-            and _same(list(compress(values, self._are_tensors)), self._slots)
+            and _same(list(compress(values, self._are_tensors)), self._kept_tensors)
             and all(map(_is_trained, self._parameters))
             and describe(self._watched)[0] == self._layout
         )
 
 
-def _entries_of(optimizers: Sequence[Optimizer]) -> list[Any]:
+def _everything_of(optimizers: Sequence[Optimizer]) -> list[Any]:
     """All keys and values of the optimizers' states."""
     states = list(map(state_of, optimizers))
     return [*chain.from_iterable(states), *chain.from_iterable(s.values() for s in states)]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..hooks.optimizers import is_zero
 
 
-def slots_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[tuple[Any, Tensor]]:
+def entries_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[tuple[Any, Tensor]]:
     """The floating-point tensors of the parameter's shape that any of the optimizers keeps for it, with their keys.
 
     Momentum, exp_avg, square_avg and their like have one entry an element and are returned; a step count or a

@@ -25,7 +25,7 @@ class Targets:
         # layers that are drawn anew: where such a one is read, in a circle of layers, what is new is read
         drawn: set[int] = set()
         for number in regions:
-            region, is_slot, tensor = state.regions[number >> 1], bool(number & 1), next(rest)
+            region, is_entry, tensor = state.regions[number >> 1], bool(number & 1), next(rest)
             if region.kind == TRANSFER:
                 if id(region.ref.owner) in drawn:
                     transfers.append([])
@@ -33,9 +33,9 @@ class Targets:
                     drawn.clear()
                 transfers[-1].append((region, tensor, next(rest)))
                 continue
-            if not is_slot and (region.kind == DRAW or region.ref.key == "bias"):
+            if not is_entry and (region.kind == DRAW or region.ref.key == "bias"):
                 drawn.add(id(region.ref.owner))
-            others[-1].append((region, is_slot, tensor))
+            others[-1].append((region, is_entry, tensor))
         self.rounds = [
             (_transfers_of(state, first), _writes_of(state, then, last=then is others[-1]))
             for first, then in zip(transfers, others, strict=True)
@@ -87,8 +87,8 @@ def _writes_of(state: State, writes: Sequence[tuple[Region, bool, Tensor]], last
     """Programs and tables of `reinit`; the last one forgets what was known of the units."""
     # what is written, so that regions which write the same may do so in any order
     what = [
-        (r.kind == DRAW and not is_slot, r.stream, r.distribution, 0.0 if is_slot else r.value)
-        for r, is_slot, _ in writes
+        (r.kind == DRAW and not is_entry, r.stream, r.distribution, 0.0 if is_entry else r.value)
+        for r, is_entry, _ in writes
     ]
     targets: list[int] = []
     masks: list[int] = []
