@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "triton"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "on_triton"), str(HERE)]
 
 from ahead_of_time import Specialisation, compiled  # noqa: E402
 from ptx_assembler import Assembler  # noqa: E402

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "triton"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "tests" / "backends" / "on_triton"), str(HERE)]
 
 from ahead_of_time import TARGETS, Specialisation, compiled  # noqa: E402
 from gpu import NETS, build  # noqa: E402

@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there, in a process without the interpreter; `compiled` runs it.
 
-TRITON_INTERPRET=0 python tests/backends/triton/ahead_of_time.py DIRECTORY < SPECIALISATIONS
+TRITON_INTERPRET=0 python tests/backends/on_triton/ahead_of_time.py DIRECTORY < SPECIALISATIONS
 """
 
 import functools
