@@ -67,7 +67,9 @@ def train(continual):
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3, eps=1e-5)
     attached = []
     if continual:
-        options = {"replacement_rate": 1e-3, "maturity_threshold": 100}
+        # with Tanh's gain: the activation function is not detected
+        rule = cbp_fast.Rule.nature(act="tanh")
+        options = {"rule": rule, "replacement_rate": 1e-3, "maturity_threshold": 100}
         for seed, network in enumerate((agent.actor, agent.critic)):
             cbp = cbp_fast.ContinualBackprop(network, optimizer, seed=seed, **options)
             attached.append(cbp)

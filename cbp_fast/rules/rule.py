@@ -95,7 +95,9 @@ class Rule:
     def nature(cls, init: str = "kaiming", *, act: str = "relu", transfer_bias: bool = False) -> Rule:
         """Dohare et al., Nature 632 (2024), eq. 1 and Algorithm 1, with the bias correction of the authors' code.
 
-        y = mean abs(h) * sum abs(W_out); u / (1 - decay_rate^age) ranks; floor(pending) units are replaced.
+        y = mean abs(h) * sum abs(W_out); u / (1 - decay_rate^age) ranks; floor(pending) units are replaced, where
+        Algorithm 1 replaces one once more than one is pending. The default `init` draws sqrt(6) times as large as
+        `nn.Linear` initialises itself, which `init="default"` meets; for any other initialisation: "as_attached".
         """
         return cls("nature", init=init, act=act, transfer_bias=transfer_bias)
 
