@@ -16,7 +16,7 @@ from sphinx_gallery.scrapers import figure_rst
 from sphinx_gallery.sorting import FunctionSortKey
 
 import cbp_fast
-from cbp_fast.cli import main
+from cbp_fast.cli import COMMANDS, main
 
 HERE = Path(__file__).parent
 
@@ -110,7 +110,7 @@ def write_help(app: Sphinx) -> None:
     folder = HERE / "api" / "command"
     folder.mkdir(exist_ok=True)
     os.environ["COLUMNS"] = "96"
-    for command in ("", "info", "demo", "bench"):
+    for command in ("", *COMMANDS):
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             main([*command.split(), "--help"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 
-_COMMANDS = {
+COMMANDS = {
     "info": "versions, backends and instruction sets",
     "demo": "plain backprop and continual backprop side by side",
     "bench": "time one step of continual backprop on every backend",
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cbp_fast {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     try:
-        for name, text in _COMMANDS.items():
+        for name, text in COMMANDS.items():
             command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
             # the others stay unimported: what one command needs may be missing where another runs
             if name in argv[:1]:
