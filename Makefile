@@ -8,7 +8,8 @@ ARGS ?=
 VERSION ?= 3.6.0
 
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
+# whoever has nothing left to do takes over from the others: the slow tests differ by minutes
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: help demo bench bench-kernels results instructions test test-all test-exhaustive test-triton test-integrations zoo \

@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cases",
         type=int,
-        default=2000,
+        default=1000,
         help="cases of the slow property test of backends, of which Triton has a fifth",
     )
 

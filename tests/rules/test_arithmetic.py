@@ -59,7 +59,7 @@ def test_a_new_combination_is_the_same_on_the_compiled_backend(rule_of, fields):
     check(rule_of(**fields), "cpp")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_combination_is_the_same_on_the_compiled_backend(rule_of):
     assert sum(check(rule_of(**fields), "cpp") > 0 for fields in EVERY) > len(EVERY) / 2
 

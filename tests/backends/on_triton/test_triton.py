@@ -26,7 +26,7 @@ def check_on_triton(case):
 
 test_step_on_whole_numbers = settings(max_examples=15)(given(cases(powers_of_two=True))(check_on_triton))
 test_many_steps_on_whole_numbers = pytest.mark.slow(
-    settings(max_examples=200)(given(cases(powers_of_two=True))(check_on_triton))
+    settings(max_examples=100)(given(cases(powers_of_two=True))(check_on_triton))
 )
 
 
