@@ -39,7 +39,7 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         default=1000,
-        help="cases of the slow property test of backends, of which Triton has a fifth",
+        help="cases of the slow property test of backends, of which Triton has a tenth",
     )
 
 

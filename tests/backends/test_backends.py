@@ -535,8 +535,8 @@ def test_random_groups(backend, first):
 def pytest_generate_tests(metafunc):
     if "chunk" in metafunc.fixturenames:
         chunks = range(0, metafunc.config.getoption("--cases"), CHUNK)
-        # a case takes the interpreter three times as long, and it looks at every fifth hundred
-        pairs = [("cpp", chunk) for chunk in chunks] + [("triton", chunk) for chunk in chunks[::5]]
+        # a case takes the interpreter three times as long, and it looks at every tenth hundred
+        pairs = [("cpp", chunk) for chunk in chunks] + [("triton", chunk) for chunk in chunks[::10]]
         metafunc.parametrize(("backend", "chunk"), pairs)
 
 
