@@ -99,9 +99,7 @@ class Method(NamedTuple):
     arithmetic: Callable[[Any], Arithmetic]
 
 
-# those of `Rule`
-OPTIONS = {"utility", "init", "act", "accumulate", "accrual", "transfer_bias", "reset_optimizer"}
-# by name, in the order in which messages list them
+# by name
 METHODS: dict[str, Method] = {}
 
 
@@ -109,14 +107,11 @@ def method(*options: str) -> Callable[[Callable[[Any], Arithmetic]], Callable[[A
     """Make a function the method of its name: it is given a `Rule`, whose `options` it may look at.
 
     Args:
-        options: those of `Rule` that it takes; any other is refused.
+        options: those of `Rule` that it takes; any other is refused when a rule is made.
 
     Raises:
-        ValueError: there is no such option, or another module has a method of that name.
+        ValueError: another module has a method of that name.
     """
-    unknown = set(options) - OPTIONS
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))} is no option of Rule; those are {', '.join(sorted(OPTIONS))}")
 
     def add(arithmetic: Callable[[Any], Arithmetic]) -> Callable[[Any], Arithmetic]:
         known = METHODS.get(arithmetic.__name__)

@@ -39,7 +39,7 @@ class Rule:
         random                  none: the score is drawn anew each step
 
     Attributes:
-        name: "nature", "gnt" or "clarena".
+        name: "nature", "gnt" or "clarena", or a method of one's own (`cbp_fast.rules.arithmetic.method`).
         utility: one of these, for `gnt`.
         init: distribution of re-drawn incoming weights: "kaiming", "default", "xavier", "lecun", "normal", or
             "as_attached", which is normal with the standard deviation that each weight had at attach, for networks with
@@ -84,6 +84,11 @@ class Rule:
                 f"Rule: act is {self.act!r}, must be an activation function as torch.nn.functional names it, as 'relu'"
             )
         method = METHODS[self.name]
+        unknown = set(method.options) - set(self.options)
+        if unknown:
+            raise ValueError(
+                f"Rule: method {self.name!r} takes {', '.join(sorted(unknown))}, which is no option of Rule"
+            )
         for option in self.options:
             if option not in ("name", *method.options):
                 default = type(self).__dataclass_fields__[option].default
@@ -161,23 +166,30 @@ class Rule:
         """
         if self.distribution == "unit":
             return 1.0
-        if convolution and self.init != "normal":
-            return math.sqrt(1 / fan_in)
-        try:
-            gain = torch.nn.init.calculate_gain(self.act)  # type: ignore[arg-type]
-        except ValueError:
-            gain = math.sqrt(2)
         if self.init == "normal":
-            return gain * math.sqrt(1 / fan_in)
+            return self._gain * math.sqrt(1 / fan_in)
+        half_width = self._half_width(fan_in, fan_out, convolution)
+        return half_width / math.sqrt(3) if self.distribution == "normal" else half_width
+
+    @property
+    def _gain(self) -> float:
+        try:
+            return torch.nn.init.calculate_gain(self.act)  # type: ignore[arg-type]
+        except ValueError:
+            return math.sqrt(2)
+
+    def _half_width(self, fan_in: int, fan_out: int, convolution: bool) -> float:
+        if convolution:
+            return math.sqrt(1 / fan_in)
         if self.init == "lecun" or self.act == "selu":
             return math.sqrt(3 / fan_in)
         if self.init == "default":
             return math.sqrt(1 / fan_in)
         if self.init == "xavier":
-            return gain * math.sqrt(6 / (fan_in + fan_out))
-        return gain * math.sqrt(3 / fan_in)
+            return self._gain * math.sqrt(6 / (fan_in + fan_out))
+        return self._gain * math.sqrt(3 / fan_in)
 
 
 def _names() -> list[str]:
     """The methods, those first that `Rule` has a constructor of."""
-    return sorted(METHODS, key=lambda name: list(vars(Rule)).index(name) if name in vars(Rule) else math.inf)
+    return [*(name for name in vars(Rule) if name in METHODS), *(name for name in METHODS if name not in vars(Rule))]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cbp_fast import ContinualBackprop, Rule
+from cbp_fast.backends.triton.specialising import kernels_of
 from cbp_fast.rules.arithmetic import CHOICES, METHODS, Arithmetic, Method, method
 
 FIELDS = [name for name in CHOICES if name != "distribution"]
@@ -111,16 +112,42 @@ def test_what_cannot_be_set_is_no_reset():
         Arithmetic(resets=("biass",))
 
 
-def test_a_method_that_there_is_is_not_replaced_nor_given_options_that_there_are_not():
+def test_a_method_that_there_is_is_not_replaced():
     with pytest.raises(ValueError, match=r"a method 'nature' already, of cbp_fast\.rules\.nature"):
 
         @method()
         def nature(rule):
             return Arithmetic()
 
-    with pytest.raises(ValueError, match="tau is no option of Rule; those are accrual"):
-        method("init", "tau")
     assert Rule.make("nature").arithmetic.outgoing == "sum"
+
+
+def test_a_method_is_given_no_options_that_there_are_not(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method("mine", ("init", "tau"), lambda rule: Arithmetic()))
+    with pytest.raises(ValueError, match="'mine' takes tau, which is no option of Rule"):
+        Rule("mine")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "default", "xavier", "lecun", "normal"])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_normal_weights_have_the_deviation_of_uniform_ones(monkeypatch, init, convolution):
+    for distribution in ("uniform", "normal"):
+        arithmetic = Arithmetic(distribution=distribution)
+        method = Method(distribution, ("init",), lambda rule, arithmetic=arithmetic: arithmetic)
+        monkeypatch.setitem(METHODS, distribution, method)
+    uniform, normal = (Rule(name, init=init) for name in ("uniform", "normal"))
+    width = uniform.bound(12, 4, convolution) if init != "normal" else 3**0.5 * uniform.bound(12, 4, convolution)
+    assert normal.distribution == "normal"
+    assert normal.bound(12, 4, convolution) == pytest.approx(width / 3**0.5, rel=1e-15)
+
+
+@pytest.mark.parametrize("score", ["corrected", "random"])
+@pytest.mark.parametrize("activation", [None, "magnitude"])
+def test_what_scores_without_sums_is_compiled_ahead(rule_of, score, activation):
+    """`select` does all where something is summed, `score` where nothing is."""
+    rule = rule_of(activation=activation, outgoing=None, score=score)
+    names = [kernel.fn.__name__ for kernel, _ in kernels_of(rule, wide=False, types=4, previous=False)]
+    assert ("select" in names, "score" in names) == (activation is not None, activation is None)
 
 
 def test_a_method_is_asked_for_by_its_name():

@@ -38,9 +38,11 @@ def kernels_of(
     """
     meta = meta_of(rule, wide)
     found: list[tuple[Any, dict[str, Any]]] = []
-    if meta["ACTIVATION"] or meta["OUTGOING"] or meta["INCOMING"]:
+    sums = meta["ACTIVATION"] or meta["OUTGOING"] or meta["INCOMING"]
+    if sums:
         found.append((kernels.select, {"TYPES": types, **meta}))
-    if meta["MIN_MAX"] or meta["SCORE"] == 2:
+    # where nothing is summed there is nothing else
+    if meta["MIN_MAX"] or not sums:
         found.append((kernels.score, score_meta(meta)))
     found.append((kernels.reinit, {"WIDE_UTILITY": wide}))
     if rule.keeps_mean:
