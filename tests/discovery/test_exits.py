@@ -106,7 +106,8 @@ def threads():
     return ThreadPool(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
+# of the session, as the pools are: a worker may run this file's tests in several turns
+@pytest.fixture(scope="session", autouse=True)
 def close_pools():
     threads()
     yield
