@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .attaching.asking import Asked, filtered, in_forward_order
 from .attaching.awaiting import Awaited
-from .attaching.places import Place, compared, places_of
+from .attaching.children import Child, children_of, compared
 from .attaching.recording import FirstForward, Later, Recorder
 from .attaching.sharing import check_not_attached
 from .attaching.silence import no_forward, unknown_optimizer, unknown_reader, untrained_parameter
@@ -134,8 +134,8 @@ class ContinualBackprop(Rates, Joinable):
         self._engine: Engine = cast(Engine, Awaited(self._rule, hyper, capture))
         self._misfit: ValueError | None = None
         self._groups: list[UnitGroup] = []
-        self._places: list[Place] = []
-        self._parents: list[dict[str, nn.Module | None]] = []
+        self._children: list[Child] = []
+        self._siblings: list[dict[str, nn.Module | None]] = []
         self._keys: list[str] = []
         self._modules: list[nn.Module | None] = []
         self._round = Round([])
@@ -263,7 +263,7 @@ class ContinualBackprop(Rates, Joinable):
             "_misfit": misfit,
             "_engine": engine,
             "_groups": [group.unit_group() for group in resolved],
-            **compared(places_of(self._model, resolved)),
+            **compared(children_of(self._model, resolved)),
             "_hooks": [(slot.module, Recorder(self, engine, i)) for i, slot in enumerate(engine.state.slots)],
             "_waiting": False,
         }
@@ -346,8 +346,8 @@ class ContinualBackprop(Rates, Joinable):
         engine = self._engine
         if not engine.enabled:
             return
-        if list(map(dict.get, self._parents, self._keys)) != self._modules:
-            name = next(p.name for p in self._places if p.children.get(p.key) is not p.module)
+        if list(map(dict.get, self._siblings, self._keys)) != self._modules:
+            name = next(c.name for c in self._children if c.siblings.get(c.key) is not c.module)
             raise RuntimeError(f"'{name}' was replaced after attaching; call refresh()")
         if self._news and not self._look():
             return
@@ -407,7 +407,7 @@ class ContinualBackprop(Rates, Joinable):
 
     def _followed(self) -> set[nn.Module]:
         """The model, its layers that are in a group, and where hooks hang."""
-        return {self._model, *(p.module for p in self._places), *(module for module, _ in self._hooks)}
+        return {self._model, *(c.module for c in self._children), *(module for module, _ in self._hooks)}
 
     def _check_attached(self) -> None:
         if not self._hooks:

@@ -17,7 +17,7 @@ from ..groups.layers import out_axis
 from ..state.layout import Layout, by_unit, columns_of, conv_groups_here
 from ..state.regions import DRAW, TRANSFER, Region
 from ..state.state import State
-from ..tensors.parts import Place
+from ..tensors.parts import Extent
 
 _MASK = 0xFFFFFFFF
 
@@ -228,11 +228,11 @@ def _sum_weights(state: State, weights: Sequence[Tensor]) -> None:
     """Magnitudes of weights into `state.flat`, if any are given."""
     refs = zip(weights, state.weights, state.modules, strict=True) if weights else ()
     for i, (w, ref, module) in enumerate(refs):
-        axis, first = out_axis(module), ref.place.first
+        axis, first = out_axis(module), ref.extent.first
         groups_here, group = conv_groups_here(ref, getattr(module, "groups", 1))
-        if state.reads_outputs[i] and ref.place.adds:
+        if state.reads_outputs[i] and ref.extent.adds:
             state.flat[state.outputs[i]][first[axis] :][: w.shape[axis]] = _output_sums(w, axis)
-        if state.reads_inputs[i] and ref.place.adds:
+        if state.reads_inputs[i] and ref.extent.adds:
             sums = _input_sums(w, axis, groups_here)
             state.flat[state.inputs[i]][first[1 - axis] + group * w.shape[1] :][: len(sums)] = sums
 
@@ -301,15 +301,17 @@ def indices_of(region: Region, units: Tensor) -> Tensor:
     return start + units[:, None] * unit_stride + positions * position_stride
 
 
-def elements_of(region: Region, place: Place, index: Tensor) -> tuple[Tensor, Tensor]:
+def elements_of(region: Region, extent: Extent, index: Tensor) -> tuple[Tensor, Tensor]:
     """Row-major numbers of the elements that lie here at `index` [k, P] along the region's axis.
 
     Returns:
         Their numbers in the whole tensor and in the part that is here; int64 [k, P, elements an index].
     """
     # as [rows, columns, inner], of which a part may lack rows and columns
-    first, part, whole = ((*x, *(filler,) * 2) for x, filler in ((place.first, 0), (place.part, 1), (place.whole, 1)))
-    inner = math.prod(place.whole[2:])
+    first, part, whole = (
+        (*x, *(filler,) * 2) for x, filler in ((extent.first, 0), (extent.part, 1), (extent.whole, 1))
+    )
+    inner = math.prod(extent.whole[2:])
     if region.axis == 0:
         row, column = (index - first[0])[..., None], torch.arange(part[1], device=index.device)
     else:
@@ -326,12 +328,12 @@ def elements_of(region: Region, place: Place, index: Tensor) -> tuple[Tensor, Te
     return numbers[0], numbers[1]
 
 
-def _clamped(region: Region, place: Place, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _clamped(region: Region, extent: Extent, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Replace indices that do not lie here by some that do; and say which are those of a valid unit, [k, P] each.
 
     Several may become the same one: all of them are then of a valid unit, or none.
     """
-    whole, low, n = place.whole[region.axis], place.first[region.axis], place.part[region.axis]
+    whole, low, n = extent.whole[region.axis], extent.first[region.axis], extent.part[region.axis]
     if region.conv_groups > 1:
         # the columns of whole convolution groups
         groups_here, group = conv_groups_here(region.ref, region.conv_groups)
@@ -348,8 +350,8 @@ def _moved(state: State, region: Region, units: Tensor, valid: Tensor, weight: T
     correction = bias_correction(state.age[layout.units], state.hyper[2])
     h_hat = by_unit(state.running_mean[slot.columns], slot) / correction[:, None]
     h_hat = torch.where(valid[:, None], h_hat[units], 0.0)  # [k, P]
-    place = Place(weight.shape, weight.shape, (0,) * weight.dim())
-    element, _ = elements_of(region, place, indices_of(region, units))
+    extent = Extent(weight.shape, weight.shape, (0,) * weight.dim())
+    element, _ = elements_of(region, extent, indices_of(region, units))
     where = torch.unravel_index(element, weight.shape)
     # [k, P, elements a column]
     gain = weight[where].double() * h_hat[..., None]
@@ -381,13 +383,13 @@ def reinit_(state: State, regions: Sequence[int], tensors: Sequence[Tensor]) -> 
                 done[number] = _moved(state, region, units, valid, weight, tensor)
             tensor.copy_(done[number])
             continue
-        place, hit = region.ref.place, valid[:, None]
+        extent, hit = region.ref.extent, valid[:, None]
         if tensor.numel() == 0:
             continue
         index = indices_of(region, units)
-        if place.split:
-            index, hit = _clamped(region, place, index, valid)
-        element, position = elements_of(region, place, index)
+        if extent.split:
+            index, hit = _clamped(region, extent, index, valid)
+        element, position = elements_of(region, extent, index)
         where = torch.unravel_index(position, tensor.shape)
         if region.kind == DRAW and not is_entry:
             new = draw(element, state.seed, state.step, region.stream, region.distribution, region.value)

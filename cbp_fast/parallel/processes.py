@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..groups.layers import inside, out_axis, read_width
 from ..groups.spec import Member, ResolvedGroup
-from ..tensors.parts import Place, is_dtensor, place_of
+from ..tensors.parts import Extent, extent_of, is_dtensor
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Processes:
     first: dict[str, bool]
     split: bool
 
-    def place(self, name: str, tensor: Tensor) -> Place:
-        """As `place_of`, with who adds it."""
-        place = place_of(name, tensor)
-        return place._replace(adds=place.part.numel() > 0 and self.first.get(name, True))
+    def extent(self, name: str, tensor: Tensor) -> Extent:
+        """As `extent_of`, with who adds it."""
+        extent = extent_of(name, tensor)
+        return extent._replace(adds=extent.part.numel() > 0 and self.first.get(name, True))
 
     def seen(self, member: Member) -> range:
         """The features of its input that a reading layer sees in this process."""
@@ -47,8 +47,8 @@ class Processes:
         weight = member.module.weight
         dims = self.tensor_parallel.get(weight, range(0))  # type: ignore[arg-type]
         if any(getattr(weight.placements[d], "dim", None) == axis for d in dims):  # type: ignore[union-attr, index]
-            place = place_of(member.name, weight)  # type: ignore[arg-type]
-            return range(place.first[axis], place.first[axis] + place.part[axis])
+            extent = extent_of(member.name, weight)  # type: ignore[arg-type]
+            return range(extent.first[axis], extent.first[axis] + extent.part[axis])
         return range(read_width(member.module))
 
     def of_first(self, value: Any) -> Any:
@@ -105,31 +105,31 @@ def join_processes(
         for name, member in members.items()
         for key, p in member.module.named_parameters(recurse=False)
     }
-    places = {}
+    extents = {}
     for name, member in members.items():
-        where = place_of(name, member.module.weight)  # type: ignore[arg-type]
+        where = extent_of(name, member.module.weight)  # type: ignore[arg-type]
         if where.split:
-            places[f"{name}.weight"] = where.part, where.first
+            extents[f"{name}.weight"] = where.part, where.first
     parts = {g.name: [(m.name, *m.block) for m in (*g.incoming, *g.outgoing, *g.norms)] for g in groups}
     alike = {"parameters": shapes, "groups": parts, "seed": seed, **settings}
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (alike, places, torch.initial_seed()), group=group)
+    dist.all_gather_object(everyone, (alike, extents, torch.initial_seed()), group=group)
     _check_alike([theirs for theirs, _, _ in everyone])
     first = {}
-    for name, place in places.items():
+    for name, extent in extents.items():
         held = [theirs[name] for _, theirs, _ in everyone]
         if sum(part.numel() for part, _ in set(held)) != torch.Size(shapes[name][0]).numel():
             raise ValueError(
                 f"the parts of {name} in the {len(held)} processes do not make up the whole; pass the process_group "
                 "of all that train the model"
             )
-        first[name] = held.index(place) == dist.get_rank(group)
+        first[name] = held.index(extent) == dist.get_rank(group)
     lead = all(
         p.device_mesh.get_coordinate()[d] == 0  # type: ignore[attr-defined]
         for p, dims in tensor_parallel.items()
         for d in dims
     )
-    split = bool(places) or any(tensor_parallel.values())
+    split = bool(extents) or any(tensor_parallel.values())
     return Processes(group, everyone[0][2] if seed is None else seed, lead, tensor_parallel, first, split)
 
 

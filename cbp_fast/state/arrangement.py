@@ -10,7 +10,7 @@ from ..groups.layers import out_axis, read_width, spatial_axes
 from ..groups.spec import Member, ResolvedGroup
 from ..parallel.processes import Processes
 from ..rules.rule import Rule
-from ..tensors.parts import place_of
+from ..tensors.parts import extent_of
 from .layout import Layout, Slot, TensorRef, stream_id, tensor_ref
 from .regions import regions_of
 
@@ -56,14 +56,14 @@ class Arrangement:
         self.regions_of_group: list[list[int]] = [[] for _ in groups]
         for i, region in enumerate(self.regions):
             self.regions_of_group[region.group].append(i)
-        self.in_parts = any(ref.place.is_dtensor for ref in (*self.weights, *(r.ref for r in self.regions)))
+        self.in_parts = any(ref.extent.is_dtensor for ref in (*self.weights, *(r.ref for r in self.regions)))
         columns = self.slots[-1].columns.stop
         means = columns if rule.keeps_mean else 0
         self._lay_out_sums(len(self.slots) + columns + means)
 
     def _ref(self, member: Member, key: str) -> TensorRef | None:
-        place = self._processes.place if self._processes else place_of
-        return tensor_ref(member.name, member.module, key, place)
+        extent = self._processes.extent if self._processes else extent_of
+        return tensor_ref(member.name, member.module, key, extent)
 
     def _weight_ref(self, member: Member) -> TensorRef:
         ref = self._ref(member, "weight")
@@ -77,7 +77,7 @@ class Arrangement:
         self.reduced = at
         for split in (True, False):
             for i, (ref, module) in enumerate(zip(self.weights, self.modules, strict=True)):
-                if ref.place.split != split:
+                if ref.extent.split != split:
                     continue
                 if self.reads_outputs[i]:
                     self.outputs[i] = slice(at, at + ref.shape[out_axis(module)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..groups.layers import out_axis
 from ..groups.spec import Block, Member
-from ..tensors.parts import Place, place_of
+from ..tensors.parts import Extent, extent_of
 
 
 class TensorRef(NamedTuple):
@@ -22,7 +22,7 @@ class TensorRef(NamedTuple):
     name: str
     shape: torch.Size  # of the whole tensor
     dtype: torch.dtype
-    place: Place
+    extent: Extent
 
     def get(self) -> Tensor | None:
         """The tensor as it is now; None if the module has it no more."""
@@ -83,7 +83,7 @@ def stream_id(name: str, group: bool = False) -> int:
 
 
 def tensor_ref(
-    name: str, module: nn.Module, key: str, place: Callable[[str, Tensor], Place] = place_of
+    name: str, module: nn.Module, key: str, extent: Callable[[str, Tensor], Extent] = extent_of
 ) -> TensorRef | None:
     """Where `key` of the module called `name` is found; None if the module has no such tensor."""
     owners: tuple[Any, ...] = (module._parameters, module._buffers)
@@ -91,7 +91,7 @@ def tensor_ref(
         tensor = owner.get(key)
         if tensor is not None:
             full_name = f"{name}.{key}" if name else key
-            where = place(full_name, tensor)
+            where = extent(full_name, tensor)
             # fully_shard puts another tensor in its place while the module is in use
             owner = {key: tensor} if where.is_dtensor else owner
             return TensorRef(owner, key, full_name, tensor.shape, tensor.dtype, where)
@@ -101,7 +101,7 @@ def tensor_ref(
 def conv_groups_here(ref: TensorRef, conv_groups: int) -> tuple[int, int]:
     """How many of a weight's convolution groups this process holds, and the first of them."""
     rows = ref.shape[0] // conv_groups
-    return (max(ref.place.part[0] // rows, 1), ref.place.first[0] // rows) if conv_groups > 1 else (1, 0)
+    return (max(ref.extent.part[0] // rows, 1), ref.extent.first[0] // rows) if conv_groups > 1 else (1, 0)
 
 
 def input_axis(member: Member) -> tuple[int, int]:

@@ -158,11 +158,11 @@ def _check_streams(regions: Iterable[Region], layouts: Iterable[Layout]) -> None
 def _check_parts(regions: Iterable[Region]) -> None:
     for region in regions:
         for ref in (region.ref, region.weight):
-            if region.kind == TRANSFER and ref is not None and ref.place.split:
+            if region.kind == TRANSFER and ref is not None and ref.extent.split:
                 raise ValueError(f"transfer_bias needs {ref.name} whole in every process, and it is split")
-        place = region.ref.place
-        rows = place.whole[0] // region.conv_groups
-        if region.conv_groups > 1 and place.split and (place.first[0] % rows or place.part[0] % rows):
+        extent = region.ref.extent
+        rows = extent.whole[0] // region.conv_groups
+        if region.conv_groups > 1 and extent.split and (extent.first[0] % rows or extent.part[0] % rows):
             raise ValueError(
                 f"{region.ref.name} is split inside a convolution group of {rows} rows; split it between groups, "
                 "or exclude= its group"

@@ -70,11 +70,11 @@ def pack(arrangement: Arrangement, offsets: Sequence[int], nbytes: int, utility_
         places = (arrangement.outputs[i].start, arrangement.inputs[i].start)
         table += [reads[axis], reads[1 - axis], places[axis], places[1 - axis]]
         groups_here, group = conv_groups_here(ref, conv_groups)
-        table += [*padded(ref.place.part), groups_here, ref.place.first[0]]
-        table += [ref.place.first[1] + group * ref.shape[1], int(ref.place.adds)]
+        table += [*padded(ref.extent.part), groups_here, ref.extent.first[0]]
+        table += [ref.extent.first[1] + group * ref.shape[1], int(ref.extent.adds)]
     for r in arrangement.regions:
         (value,) = struct.unpack("q", struct.pack("d", r.value))
         table += [r.kind, r.group, r.axis, *r.block, r.conv_groups, r.stream]
         table += [CHOICES["distribution"].index(r.distribution), value, r.slot, len(r.ref.shape), *padded(r.ref.shape)]
-        table += [*padded(r.ref.place.part), *padded(r.ref.place.first, 0)]
+        table += [*padded(r.ref.extent.part), *padded(r.ref.extent.first, 0)]
     return torch.tensor(table, dtype=torch.int64, device="cpu")

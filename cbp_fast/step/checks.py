@@ -34,7 +34,7 @@ def checked(ref: TensorRef, device: torch.device, layer: str) -> Tensor:
             f"{of}{ref.name} is on {tensor.device} but continual backprop's state is on "
             f"{device}; call {move}({str(tensor.device)!r}) after moving the model"
         )
-    if is_dtensor(tensor) != ref.place.is_dtensor:
+    if is_dtensor(tensor) != ref.extent.is_dtensor:
         raise RuntimeError(
             f"{ref.name} became a {type(tensor).__name__} after continual backprop was attached; first fully_shard "
             "or parallelize_module the model, then make the optimizer, then attach"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """The part of a tensor that this process holds.
 
     Attributes:
@@ -61,14 +61,14 @@ def local_activations(h: Tensor, axis: int) -> Tensor:
     return h.wait() if hasattr(h, "wait") else h
 
 
-def place_of(name: str, tensor: Tensor) -> Place:
+def extent_of(name: str, tensor: Tensor) -> Extent:
     """Where this process's part of the tensor called `name` lies.
 
     Raises:
         ValueError: a layout that cannot be re-initialised part by part.
     """
     if not is_dtensor(tensor):
-        return Place(tensor.shape, tensor.shape, (0,) * tensor.dim())
+        return Extent(tensor.shape, tensor.shape, (0,) * tensor.dim())
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
@@ -82,4 +82,4 @@ def place_of(name: str, tensor: Tensor) -> Place:
     if here.device.type != mesh.device_type:
         raise ValueError(f"{name} is kept on {here.device} for a mesh of {mesh.device_type}; do not offload it")
     split = any(not p.is_replicate() and n > 1 for p, n in zip(placements, mesh.shape, strict=True))
-    return Place(tensor.shape, torch.Size(part), tuple(first), split, True)
+    return Extent(tensor.shape, torch.Size(part), tuple(first), split, True)

@@ -6,7 +6,7 @@ Imported when it is first used, since Triton need not be installed. In the order
     tables.py        what a state's launches have in common, and which tables are there from earlier steps
     step_plan.py     `select`, `score`, `rank`: sums over activations and weights, then every group's choice
     forward_plan.py  `capture`, `hat`: activations that are summed apart
-      plan.py        which program takes which tile of a sum
+      sum_plan.py    which program takes which tile of a sum
       sums.py        which sums those are
     targets.py       `transfer`, `reinit`: what is written where units are replaced
     sending.py       tables and addresses on their way to the device

@@ -22,10 +22,10 @@ from ...tensors.native import describe
 from .. import reference
 from . import kernels, launching
 from .forward_plan import ForwardPlan, forward_plans
-from .plan import Plan
 from .rows import DISTANCES, MAGNITUDES, MANY, TYPE_NUMBERS, VALUES
 from .specialising import at_most, kernels_of, score_meta
 from .step_plan import StepPlan
+from .sum_plan import SumPlan
 from .tables import Tables, recent, tables_of
 from .targets import Targets, biases_of
 
@@ -111,7 +111,7 @@ def _forwards(
 def _capture(state: State, tables: Tables, forwards: Sequence[ForwardPlan], addresses: list[int]) -> None:
     rule = state.rule
 
-    def add_up(plans: Sequence[Plan], what: int, counts: bool) -> None:
+    def add_up(plans: Sequence[SumPlan], what: int, counts: bool) -> None:
         for plan in plans:
             args = (plan.tiles, plan.jobs, plan.sender.send(addresses), tables.addresses, plan.workspace, plan.counters)
             meta = {"TYPES": plan.types, "SUM": what, "COUNTS": counts}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...state.state import State
 from . import sending
-from .plan import Plan
 from .rows import UNITS
+from .sum_plan import SumPlan
 from .sums import Sum, activation_sums
 
 
@@ -21,7 +21,7 @@ class ForwardPlan:
     """
 
     def __init__(self, state: State, parts: Sequence[Sequence[Sum]], aligned: Sequence[int]) -> None:
-        self.plans = [Plan(state, sums, aligned) for sums in parts]
+        self.plans = [SumPlan(state, sums, aligned) for sums in parts]
         for plan in self.plans:
             plan.allocate(0)
         blocks: list[int] = []

@@ -70,7 +70,7 @@ class Job(NamedTuple):
 class Reader(NamedTuple):
     """One slot as `select` walks it: column (j, p) is at j * unit_stride + p * position_stride.
 
-    Of 32 bits, as is `Block`: they wait in registers for their use. Places in the workspace are counted in 8 bytes.
+    Of 32 bits, as is `UnitBlock`: they wait in registers for their use. Places in the workspace are counted in 8 bytes.
     Filled by `step_plan`, read by `kernels.scoring`.
     """
 
@@ -91,7 +91,7 @@ class Reader(NamedTuple):
  R_WEIGHT_TOTAL, R_FOLD, R_ELEMENTS, READER_ROW) = map(tl.constexpr, range(len(Reader._fields) + 1))  # fmt: skip
 
 
-class Block(NamedTuple):
+class UnitBlock(NamedTuple):
     """Some units of a group, with all that is to know of the group.
 
     In the workspace a group has a key and a y of each unit, and of each block the least key, how many units are mature
@@ -121,7 +121,7 @@ class Block(NamedTuple):
 
 (B_GROUP, B_NUMBER, B_FIRST, B_HERE, B_UNIT, B_EXPECTED, B_BLOCKS, B_WIDTH, B_UNITS, B_KEYS, B_COLUMNS_PER_UNIT,
  B_FIRST_READER, B_READERS, B_FIRST_INCOMING, B_INCOMING, B_FAN_IN, B_STREAM, B_RANKED, BLOCK_ROW) = map(
-    tl.constexpr, range(len(Block._fields) + 1))  # fmt: skip
+    tl.constexpr, range(len(UnitBlock._fields) + 1))  # fmt: skip
 
 
 class Addresses(NamedTuple):

@@ -10,12 +10,12 @@ from torch import Tensor
 from ...groups.layers import out_axis
 from ...state.state import State
 from . import sending
-from .plan import Plan, blocks_of
-from .rows import RANKED, Block, Reader
+from .rows import RANKED, Reader, UnitBlock
+from .sum_plan import SumPlan, blocks_of
 from .sums import activation_sums, input_sum, output_sum
 
 
-class StepPlan(Plan):
+class StepPlan(SumPlan):
     """The tables of `select`, `score` and `rank`.
 
     Args:
@@ -89,7 +89,7 @@ class StepPlan(Plan):
     def _blocks(
         self, state: State, weights: Sequence[Tensor], ranked: Sequence[int]
     ) -> tuple[list[int], list[int], int]:
-        """Rows of `Block`, the tiles of `rank`, and the end of what the groups need of the workspace."""
+        """Rows of `UnitBlock`, the tiles of `rank`, and the end of what the groups need of the workspace."""
         rows: list[int] = []
         several: list[int] = []
         expected = iter(self.expected)
@@ -99,11 +99,11 @@ class StepPlan(Plan):
             for i, block in layout.incoming:
                 fan_in += block.per_unit * (weights[i].numel() // weights[i].shape[out_axis(state.modules[i])])
             if g in ranked:
-                first_row = len(rows) // len(Block._fields)
+                first_row = len(rows) // len(UnitBlock._fields)
                 parts = -(-layout.num_units // RANKED.value)
                 several += [n for part in range(parts) for n in (first_row, part)]
             for b in range(blocks):
-                rows += Block(
+                rows += UnitBlock(
                     group=g,
                     number=b,
                     first=b * width,

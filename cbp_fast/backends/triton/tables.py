@@ -13,10 +13,10 @@ from torch import Tensor
 from ...state.state import State
 from . import launching, sending
 from .forward_plan import ForwardPlan
-from .plan import Plan, blocks_of
 from .rows import MANY, Addresses, Columns
 from .specialising import at_most, meta_of
 from .step_plan import StepPlan
+from .sum_plan import SumPlan, blocks_of
 from .targets import Targets
 
 # tables of so many shapes of activations, of each reader, and of so many lists of tensors, are kept
@@ -102,7 +102,9 @@ class Tables:
         if sending.is_capturing(self.device):
             self.captured.append(tables)
 
-    def launch(self, plan: Plan, kernel: object, programs: int, args: Sequence[Tensor], meta: dict[str, Any]) -> None:
+    def launch(
+        self, plan: SumPlan, kernel: object, programs: int, args: Sequence[Tensor], meta: dict[str, Any]
+    ) -> None:
         """Launch a kernel that counts its programs; whatever stops it, the next one finds the counters at zero."""
         self.used(plan)
         if plan.dirty:

@@ -63,8 +63,8 @@ class Given(NamedTuple):
     counters: Any
 
 
-class _Block(NamedTuple):
-    """What of a row of `Block` waits in registers, by its names there."""
+class _UnitBlock(NamedTuple):
+    """What of a row of `UnitBlock` waits in registers, by its names there."""
 
     row: Any
     group: Any
@@ -110,7 +110,7 @@ def _ordered(score):
 def block_of(row, workspace):
     """A block of units."""
     first, here, lane = tl.load(row + B_FIRST), tl.load(row + B_HERE), tl.arange(0, UNITS)
-    return _Block(
+    return _UnitBlock(
         row=row,
         group=tl.load(row + B_GROUP),
         number=tl.load(row + B_NUMBER),

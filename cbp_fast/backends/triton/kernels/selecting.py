@@ -100,7 +100,7 @@ def select(
         tiles: int32 [programs, 7], job, block of outputs, split, and the blocks of units whose sums these are: the
             first, how many, and where they go on with the first of the group: after the last, so many before it.
         jobs, addresses: int64 tables of `Job`, `Addresses`.
-        blocks, readers: int32 tables of `Block`, `Reader`.
+        blocks, readers: int32 tables of `UnitBlock`, `Reader`.
         tensors: int64 [jobs], the address of each job's first element.
         incoming: int32 [-, 2], place in 8 bytes, and outputs a unit, of each producer's sums.
         workspace_tensor: the jobs' and groups' places, in bytes.

@@ -82,7 +82,7 @@ class _Tiling(NamedTuple):
         return cls(three, inner, kind, size, -(-s.outputs // size), splits, steps)
 
 
-class Plan:
+class SumPlan:
     """The tables of one launch over sums: which there are, and which program takes which tile of them."""
 
     def __init__(self, state: State, sums: Sequence[Sum], aligned: Sequence[int]) -> None:
