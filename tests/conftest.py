@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 
 # read once, when Triton is imported; what compiles its kernels does so in a process of its own
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +24,10 @@ pytest.register_assert_rewrite("group_cases", "triton_runs")
 
 # threads would only wait for each other on small tensors
 torch.set_num_threads(1)
+
+# what a shell runs in the background ignores Ctrl-C, and so would all that the tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the same examples every time: what fails here fails everywhere
 if hypothesis is not None:
