@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CSRC := $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: help demo bench bench-kernels results instructions test test-all test-exhaustive test-triton test-integrations zoo \
-	docs gpu gpu-cache sanitize lint format wheel check-wheel old-cpu clean FORCE
+	docs gpu gpu-cache sanitize lint format wheel check-wheel old-cpu clean environments FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,11 +52,9 @@ test: .venv/built  ## the quick tests; ARGS="-k state" some of them
 test-exhaustive: .venv/built  ## every operation, many random networks; ARGS="--networks 10000"
 	$(PYTEST) -m exhaustive $(ARGS)
 
-# what test leaves out
-test-all: .venv/built  ## the slow ones, older Tritons, the sanitizers and test-integrations
+test-all: .venv/built  ## what test leaves out: the slow ones, older Tritons and test-integrations
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 	for version in $(OLDER_TRITONS); do $(MAKE) test-triton VERSION=$$version || exit 1; done
-	$(MAKE) sanitize
 	$(MAKE) test-integrations
 
 # The wheel, built with the PyTorch above, in an environment with the frameworks and a newer PyTorch.
@@ -78,12 +76,11 @@ zoo: .venv/built .venv-zoo/tools  ## discovery over the models of other people's
 # Another Triton over the packages of .venv, whose own is the newest: 3.6.0 is that of PyTorch 2.10 and 2.11, 3.7.1 that
 # of 2.12 and 2.13, 3.8.0 that of 2.14
 OLDER_TRITONS := 3.6.0 3.7.1 3.8.0
-# compiled for all targets by the oldest, which is that of most GPUs there are; by those between for one of them
-COMPILED = $(if $(filter 3.6.0,$(VERSION)),every_specialisation or on_the_machine and 0,every_specialisation and sm_90)
-TEST_TRITON = PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4
+# of the slow tests, most under the oldest, which is that of most GPUs there are, and some under those between
+UNDER_OTHERS = slow(triton='each')$(if $(filter 3.6.0,$(VERSION)), or slow(triton='oldest'))
 test-triton: .venv/built .venv-triton-$(VERSION)/tools  ## the Triton backend under another Triton: VERSION=3.6.0
-	$(TEST_TRITON) -m "not slow and not gpu and not exhaustive" tests/backends/on_triton/test_triton*.py $(ARGS)
-	$(TEST_TRITON) -k "$(COMPILED)" tests/backends/on_triton/test_triton_compile.py $(ARGS)
+	PYTHONPATH="$(CURDIR)" .venv-triton-$(VERSION)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		-m "not slow and not gpu and not exhaustive or $(UNDER_OTHERS)" tests/backends/on_triton/test_triton*.py $(ARGS)
 
 # On a machine with a GPU: its own Python, PyTorch and Triton as they are, nothing installed, nothing fetched, at most
 # eight minutes: make gpu GPU_PYTHON=/opt/torch/bin/python3. What comes of it is in GPU_OUT. REHEARSE=1 needs no GPU.
@@ -169,7 +166,7 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
 	@touch $@
 
-.venv/docs: pyproject.toml .venv/torch.txt | .venv/tools
+.venv/docs: pyproject.toml .venv/torch.txt | .venv/built
 	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group docs
 	@touch $@
 
@@ -184,6 +181,9 @@ $(BIN)/python:
 	$(ZOO)/pip install --quiet "pip>=25.1"
 	$(ZOO)/pip install --quiet --group zoo
 	@touch $@
+
+# all that test-all needs beside .venv
+environments: .venv-integrations/tools $(OLDER_TRITONS:%=.venv-triton-%/tools)
 
 .venv-triton-%/tools: | .venv/tools
 	$(PYTHON) -m venv $(@D)

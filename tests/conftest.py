@@ -44,7 +44,7 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         default=1000,
-        help="cases of the slow property test of backends, of which Triton has a tenth",
+        help="cases of the property test of backends with the slow ones, of which Triton has a tenth",
     )
 
 

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = {"cpp": 150, "triton": 50}
 # norms of the last axes; all others are of channels
 OF_FEATURES = ("LayerNorm", "RMSNorm")
-SHORT, CHUNK = 25, 100
+SHORT = 25
 
 
 class Use(NamedTuple):
@@ -533,16 +533,18 @@ def test_random_groups(backend, first):
 
 
 def pytest_generate_tests(metafunc):
-    if "chunk" in metafunc.fixturenames:
-        chunks = range(0, metafunc.config.getoption("--cases"), CHUNK)
-        # a case takes the interpreter three times as long, and it looks at every tenth hundred
-        pairs = [("cpp", chunk) for chunk in chunks] + [("triton", chunk) for chunk in chunks[::10]]
-        metafunc.parametrize(("backend", "chunk"), pairs)
+    if "end" in metafunc.fixturenames:
+        # the short form has had the first ones; the interpreter takes its time
+        ends = {"cpp": metafunc.config.getoption("--cases"), "triton": metafunc.config.getoption("--cases") // 10}
+        chunks = [
+            (b, first, min(first + SHORT, end)) for b, end in ends.items() for first in range(BACKENDS[b], end, SHORT)
+        ]
+        metafunc.parametrize(("backend", "first", "end"), chunks)
 
 
 @pytest.mark.slow
-def test_many_random_groups(backend, chunk):
-    check_numbers(range(chunk, chunk + CHUNK), backend)
+def test_many_random_groups(backend, first, end):
+    check_numbers(range(first, end), backend)
 
 
 def test_the_cases_reach_what_they_are_for():

@@ -35,7 +35,7 @@ def check_compiled_step(case):
 
 test_step_on_whole_numbers = settings(max_examples=250)(given(cases(powers_of_two=True))(check_compiled_step))
 test_many_steps_on_whole_numbers = pytest.mark.slow(
-    settings(max_examples=2500)(given(cases(powers_of_two=True))(check_compiled_step))
+    settings(max_examples=1500)(given(cases(powers_of_two=True))(check_compiled_step))
 )
 
 
@@ -77,7 +77,7 @@ def check_utility_from_sums(case):
 
 
 test_utility_from_sums = settings(max_examples=150)(given(cases())(check_utility_from_sums))
-test_many_utilities_from_sums = pytest.mark.slow(settings(max_examples=1500)(given(cases())(check_utility_from_sums)))
+test_many_utilities_from_sums = pytest.mark.slow(settings(max_examples=1000)(given(cases())(check_utility_from_sums)))
 
 
 @dataclass(frozen=True)

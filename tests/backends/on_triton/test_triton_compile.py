@@ -88,8 +88,11 @@ def test_text_of_one_step():
     check_all(specialisations("nature"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+# some slow tests run under other Tritons than the newest, too: under each, or under the oldest
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=pytest.mark.slow(triton="each" if t == "sm_90" else "oldest")) for t in TARGETS],
+)
 def test_text_of_every_specialisation(target):
     check_all(everything(target))
 
@@ -202,9 +205,9 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "seed"),
     [
-        pytest.param(name, seed, marks=() if (name, seed) == ("one group", 0) else pytest.mark.slow)
+        pytest.param(name, seed, marks=() if (name, seed) == ("one group", 0) else slow)
         for name in CASES
-        for seed in range(3)
+        for seed, slow in enumerate((pytest.mark.slow(triton="oldest"), pytest.mark.slow, pytest.mark.slow))
     ],
 )
 def test_compiled_code_on_the_machine(name, seed, monkeypatch):
