@@ -160,20 +160,21 @@ $(BIN)/python:
 .venv/torch.txt: FORCE | $(BIN)/python
 	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
 
+# Python compiles what is imported; all of it ahead takes longer than the rest of the installation
 .venv/tools: pyproject.toml .venv/torch.txt
 	$(BIN)/pip install --quiet "pip>=25.1"
-	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group dev
+	$(BIN)/pip install --no-compile "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile --constraint .venv/torch.txt --group dev
 	@touch $@
 
 .venv/docs: pyproject.toml .venv/torch.txt | .venv/built
-	$(BIN)/pip install --quiet --constraint .venv/torch.txt --group docs
+	$(BIN)/pip install --quiet --no-compile --constraint .venv/torch.txt --group docs
 	@touch $@
 
 .venv-integrations/tools: pyproject.toml
 	$(PYTHON) -m venv .venv-integrations
 	$(INTEGRATIONS)/pip install --quiet "pip>=25.1"
-	$(INTEGRATIONS)/pip install --quiet --group integrations
+	$(INTEGRATIONS)/pip install --quiet --no-compile --group integrations
 	@touch $@
 
 .venv-zoo/tools: pyproject.toml
@@ -192,5 +193,5 @@ environments: .venv-integrations/tools $(OLDER_TRITONS:%=.venv-triton-%/tools)
 	@touch $@
 
 .venv/built: .venv/tools setup.py $(CSRC)
-	$(BIN)/pip install --quiet --constraint .venv/torch.txt --no-build-isolation --editable ".[bench,demo,models]"
+	$(BIN)/pip install --quiet --no-compile --constraint .venv/torch.txt --no-build-isolation --editable ".[bench,demo,models]"
 	@touch $@
