@@ -157,7 +157,6 @@ def in_the_process(what):
 
 
 def test_an_error_in_a_worker_is_an_error_here():
-    handler = signal.getsignal(signal.SIGINT)
     with (
         timing.Worker(in_the_process, "at once", threads=1) as worker,
         pytest.raises(RuntimeError, match="ValueError: no memory"),
@@ -170,7 +169,7 @@ def test_an_error_in_a_worker_is_an_error_here():
             assert timers["interrupt"](1) == [True]
             with pytest.raises(RuntimeError, match=message):
                 timers[name](1)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_that_is_busy_is_not_waited_for():
